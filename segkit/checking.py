@@ -89,7 +89,7 @@ def check(
             below it. If None, the folder's only series is described, or its several are listed.
         pixel_size: pixel size of a picture, such as ["4 nm"]; it replaces the file's own.
         cache: the folder in which the facts of a large dataset's cases are stored, so that a check
-            that was stopped goes on where it was. If None, nothing is stored.
+            that was stopped can continue. If None, nothing is stored.
         track: shows the progress over cases.
 
     Returns:
@@ -225,7 +225,7 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
 
     Each case is read and compared with the dataset's declaration. Raises DatasetError or
     VolumeError with one sentence for each wrong case. If this takes long, the facts of cases are
-    stored in `cache`, and a check that was stopped goes on where it was.
+    stored in `cache`, and a check that was stopped continues.
     """
     dataset, folder = dataset_of(source), source.folder
     pictures = PictureSummary()

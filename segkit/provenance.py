@@ -39,7 +39,7 @@ def check_asked(labels: Path, sidecar: Path, asked: Mapping[str, Any]) -> None:
     if not same:
         raise VolumeError(
             f"{labels}: exists already, but {sidecar.name} does not say that this model and these "
-            f"settings made it; pass --overwrite or name another --out"
+            f"settings made it; pass --overwrite or choose another --out"
         )
 
 
@@ -71,5 +71,5 @@ def check_made_of(labels: Path, sidecars: Iterable[Path], files: Iterable[Path])
             raise VolumeError(
                 f"{labels}: exists already, but {sidecar.name} says that it was made from another "
                 f"version of {first_few([file.name for file in files], 3)}; move the result away, "
-                f"pass --overwrite or name another --out"
+                f"pass --overwrite or choose another --out"
             )

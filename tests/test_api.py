@@ -120,7 +120,7 @@ def test_errors_are_caught_without_torch() -> None:
     assert done.stdout.strip() == "False False", done.stdout + done.stderr
 
 
-def test_a_name_that_is_none_is_refused_as_any_modules_is() -> None:
+def test_an_unknown_name_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'segkit' has no attribute 'tarin'"):
         segkit.tarin  # noqa: B018
 
@@ -131,7 +131,7 @@ def test_no_name_is_also_that_of_a_module() -> None:
     assert modules & set(PUBLIC) == set()
 
 
-def test_what_type_checkers_see_is_what_there_is() -> None:
+def test_type_checkers_see_the_names_that_exist() -> None:
     tree = ast.parse(Path(segkit.__file__).read_text())
     (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
     seen = {

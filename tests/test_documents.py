@@ -163,7 +163,7 @@ def test_a_shell_block_is_read_as_a_shell_would() -> None:
     assert segkit_words(["make", "demo"]) is None
 
 
-def test_options_and_settings_that_are_none_are_found() -> None:
+def test_unknown_options_and_settings_in_documents_are_found() -> None:
     assert parsed(["predict", "x.nii.gz", "--tta"])["tta"] is True
     with pytest.raises(Exception, match="No such option"):
         parsed(["predict", "x.nii.gz", "--tea"])

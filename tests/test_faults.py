@@ -79,14 +79,14 @@ def test_asked_to_stop_at_many_moments_a_training_loses_no_step(bench: Bench) ->
     all_survive(ask_and_finish(bench, jobs.training(bench), 8, seed=2), 8)
 
 
-def test_where_the_disk_is_full_one_sentence_says_so(bench: Bench) -> None:
+def test_a_full_disk_is_reported_in_one_sentence(bench: Bench) -> None:
     for trial in all_survive(full_disk(bench, jobs.predicting(bench))):
         assert "; free some space there" in trial.told or "file too large; " in trial.told
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["training", "explaining"])
-def test_where_the_disk_is_full_earlier_results_stay(job: str, bench: Bench) -> None:
+def test_a_full_disk_leaves_earlier_results_unchanged(job: str, bench: Bench) -> None:
     all_survive(full_disk(bench, getattr(jobs, job)(bench)))
 
 
@@ -170,7 +170,7 @@ def test_half_a_file_is_known_as_such(tmp_path: Path, bench: Bench) -> None:
     assert is_table("a,b\n1,2\n") and not is_table("a,b\n1,") and not is_table("a,b\n1\n")
 
 
-def test_the_page_counts_what_was_tried_and_tells_what_was_not_survived() -> None:
+def test_the_page_counts_the_attempts_and_lists_the_failures() -> None:
     trials = [
         Trial("train", "kill -9", "after 1 s", 0),
         Trial("train", "kill -9", "after 2 s", 30, ("exit code 1: oh",)),

@@ -66,7 +66,7 @@ def test_weights_that_ran_away_stop_training_at_the_step_and_name_its_cases(
         training.train(config, runs=tmp_path / "runs")
 
 
-def test_what_overflows_float16_is_predicted_in_float32_and_said(
+def test_windows_that_overflow_float16_are_predicted_in_float32_with_a_warning(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = load_model(finished / "model")
@@ -85,7 +85,7 @@ def test_what_overflows_float16_is_predicted_in_float32_and_said(
     )
 
 
-def test_a_network_whose_answer_is_no_number_gives_no_labels(finished: Path) -> None:
+def test_a_network_whose_output_is_nan_gives_no_labels(finished: Path) -> None:
     model = load_model(finished / "model")
     with torch.no_grad():
         next(model.network.parameters()).fill_(float("nan"))

@@ -126,7 +126,7 @@ def test_cases_with_and_without_a_pixel_size_do_not_mix(tmp_path: Path) -> None:
         check(config)
 
 
-def test_a_colour_of_no_label_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_colour_without_a_label_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="label_colours names nucleus, which is not a label"):
         read(dataset(tmp_path, pictures={"label_colours": {"nucleus": "#ffffff"}}))
     with pytest.raises(ValueError, match="must be a colour such as '#ff0000'"):

@@ -29,7 +29,7 @@ def recipe(target: str) -> list[str]:
     return [line.strip().replace("$(BIN)", ".venv/bin") for line in rule[1].splitlines()]
 
 
-def test_the_image_copies_what_there_is_and_what_it_may_see() -> None:
+def test_the_docker_image_copies_only_files_that_exist_and_are_allowed() -> None:
     allowed = {
         line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
     }

@@ -115,7 +115,7 @@ def test_a_volume_of_regions_comes_back_voxel_for_voxel() -> None:
     assert_allclose(prediction.probabilities.data, expected, atol=1e-3)
 
 
-def test_what_the_network_never_sees_is_in_no_region() -> None:
+def test_voxels_that_the_network_skips_are_in_no_region() -> None:
     volume = label_volume()
     data = np.pad(volume.data, 3)
     padded = Volume(data, Grid(data.shape, volume.grid.affine))
@@ -229,7 +229,9 @@ def test_training_learns_regions(regions: Path, tmp_path: Path) -> None:
     assert found.presence is not None and list(found.presence) == ["ball", "core"]
 
 
-def test_training_on_images_synthesised_of_regions_and_ignored_voxels(tmp_path: Path) -> None:
+def test_a_network_trains_on_images_synthesised_from_regions_and_ignored_voxels(
+    tmp_path: Path,
+) -> None:
     folder = nested_dataset(tmp_path / "data", {**REGION_LABELS, "ignore": 3})
     content = json.loads((folder / "dataset.json").read_text()) | {"channel_names": {"0": "T1"}}
     (folder / "dataset.json").write_text(json.dumps(content))
@@ -258,7 +260,7 @@ def test_training_on_classes_with_ignored_voxels_scores_the_others_alone(tmp_pat
     assert expected > 0 and score == pytest.approx(expected)
 
 
-def test_what_is_ignored_stays_so_in_patches_that_are_turned() -> None:
+def test_ignored_voxels_stay_ignored_in_rotated_patches() -> None:
     label = torch.zeros(4, 20, 20, 20, dtype=torch.uint8)
     label[:, 10:] = 3
     # No margin, so that corners look beyond the cut: there, too, what is ignored goes on.
@@ -339,7 +341,9 @@ def test_evaluate_scores_regions_and_leaves_ignored_voxels_out(
         assert scores[name, "core"]["tp"] == ((found == 2) & (label == 2)).sum()
 
 
-def test_what_lies_beyond_the_plane_moves_no_surface(ignoring: Path, tmp_path: Path) -> None:
+def test_labels_in_the_ignored_part_do_not_change_surface_distances(
+    ignoring: Path, tmp_path: Path
+) -> None:
     references = ignoring / "labelsTr"
     paths = sorted(references.iterdir())
     pairs = []

@@ -18,7 +18,7 @@ def check_command(
     series: SeriesOption = None,
     pixel_size: PixelSizeOption = None,
     runs: Annotated[
-        Path, Option(help="The folder whose cache stores the cases of a long check.")
+        Path, Option(help="The folder of runs; its cache stores the results of a long check.")
     ] = Path("runs"),
 ) -> None:
     """Check a config, a dataset or a volume: show how segkit reads it, or report its errors."""

@@ -13,14 +13,19 @@ SCORES = "Scores from segkit evaluate --out, or the folder of a run or cross-val
 
 def compare_command(
     a: Annotated[Path, Argument(metavar="A", help=SCORES)],
-    b: Annotated[Path, Argument(metavar="B", help="Scores to compare with A, in either form.")],
+    b: Annotated[
+        Path, Argument(metavar="B", help="Scores to compare with A: such a file or folder.")
+    ],
     metric: Annotated[
         list[str] | None,
         Option(help="dice, iou, hd95_mm (_um, _px), assd_mm or nsd; may be repeated."),
     ] = None,
     strata: Annotated[
         tuple[Path, str] | None,
-        Option(metavar="FILE COLUMN", help="A CSV file, and its column with the group of a case."),
+        Option(
+            metavar="FILE COLUMN",
+            help="A CSV file, and the name of its column with each case's group.",
+        ),
     ] = None,
     out: Annotated[Path | None, Option(help="Write all results to this JSON file.")] = None,
     json: JsonOption = False,

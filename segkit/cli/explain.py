@@ -31,13 +31,14 @@ def explain_command(
     model: ModelPlace = None,
     reference: Annotated[
         Path | None,
-        Option(help="The label of INPUT, a folder of labels, or a dataset; paired by name."),
+        Option(help="Labels to compare with: a file, a folder or a dataset, paired by name."),
     ] = None,
     heads: Annotated[
         bool, Option("--heads", help="Test if several attention heads are better than one.")
     ] = False,
     verdicts: Annotated[
-        bool, Option("--verdicts", help="Test gates and attributions; takes minutes per scan.")
+        bool,
+        Option("--verdicts", help="Test if gates and attributions are informative; takes minutes."),
     ] = False,
     attribution: Annotated[
         list[str] | None,
@@ -50,11 +51,11 @@ def explain_command(
     ] = None,
     cell: Annotated[
         float | None,
-        Option(min=0, help="Edge in mm of the boxes of occlusion and kernel_shap."),
+        Option(min=0, help="Edge length in mm of the boxes of occlusion and kernel_shap."),
     ] = None,
     identity: Annotated[
         bool,
-        Option("--identity", help="Segment again with each attention block as the identity."),
+        Option("--identity", help="Replace each attention block by the identity, and score again."),
     ] = False,
     tolerance: Annotated[
         str | None,
@@ -158,7 +159,7 @@ def explain_command(
 
 
 def _conclude(verdicts: "list[Verdict]", studies: "list[AttentionStudy]") -> None:
-    """Print what all volumes show together."""
+    """Print the results over all volumes."""
     from segkit.explain.page.terminal_table import plain_table, verdict_table
     from segkit.explain.verdicts.identity import identity_tables
 

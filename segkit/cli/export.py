@@ -11,7 +11,7 @@ from segkit.cli.terminal import JsonOption, say, say_json
 from segkit.errors import SegkitError
 
 MOST_SCANS = 8
-"""Of a folder, on which int8 measures the range of features: the first by name."""
+"""Most scans of a folder that int8 measures the range of features on: the first by name."""
 
 
 def export_command(
@@ -45,10 +45,10 @@ def export_command(
         Option(metavar="SCANS", help="Real scans, or a folder of them, for --precision int8."),
     ] = None,
     reference: Annotated[
-        Path | None, Option(help="Labels of --scan, which float16 or int8 is scored by.")
+        Path | None, Option(help="Labels of --scan, to score the float16 or int8 network.")
     ] = None,
     any_size: Annotated[
-        bool, Option("--any-size", help="Take windows of any size, not only the patch; for onnx.")
+        bool, Option("--any-size", help="Let the network take windows of any size (onnx only).")
     ] = False,
     overlap: OverlapOption = 0.5,
     checkpoint: CheckpointOption = None,
@@ -64,7 +64,7 @@ def export_command(
     folder, *more = model_folders(find_models([model])[0], checkpoint)
     if more:
         raise SegkitError(
-            f"{model}: expected one model, found {1 + len(more)}; export one, such as {folder}"
+            f"{model}: expected one model, found {1 + len(more)}; choose one, such as {folder}"
         )
     loaded = load_model(folder, checkpoint=checkpoint)
     description = loaded.description
@@ -93,8 +93,9 @@ def export_command(
         say_json(exported.content())
     if not exported.holds and exported.reduced is not None:
         raise SegkitError(
-            f"{out}: {precision} gives {exported.reduced.same_labels:.4%} of the voxels the label "
-            f"of float32, which is too few; measure ranges on more scans, or export float16"
+            f"{out}: only {exported.reduced.same_labels:.4%} of the voxels have the same label in "
+            f"{precision} as in float32, which is too few; measure ranges on more scans, or export "
+            "float16"
         )
     if not exported.holds:
         raise SegkitError(

@@ -21,13 +21,13 @@ def fetch_command(
         Path | None,
         Option(
             help="The folder in which the dataset, or a copy of the model, is placed. By default "
-            "datasets are placed here, and models only in the cache."
+            "datasets are placed in the current folder, and models only in the cache."
         ),
     ] = None,
 ) -> None:
     """Download a dataset of the Medical Segmentation Decathlon, or the newest version of a model.
 
-    A model is kept in the cache, where --model finds it, also without a network.
+    A model is kept in the cache: --model finds it there, also without a network.
     """
     from segkit.data.fetch import decathlon, fetch_dataset, named
     from segkit.model.addresses import HubAddress, parse_address

@@ -44,7 +44,7 @@ SeriesOption = Annotated[
         "--series",
         metavar="UID|RULE",
         help="Which DICOM series: a UID, or modality=CT, description=*thorax*, folder=*/CT, "
-        "slices=20..400; again for each condition.",
+        "slices=20..400. Repeat it for each condition.",
     ),
 ]
 PixelSizeOption = Annotated[

@@ -31,7 +31,8 @@ def plan_command(
         float | None,
         Option(
             min=0.5,
-            help="Memory in GB to plan for. The default is the free memory of the GPU, or 8.",
+            help="Memory in GB to plan for. The default is the free memory of the GPU, or 8 "
+            "without a GPU.",
         ),
     ] = None,
     minutes: Annotated[
@@ -39,16 +40,18 @@ def plan_command(
     ] = 20.0,
     dims: Annotated[
         int | None,
-        Option(min=2, max=3, help="2 for slices, 3 for volumes. The default follows the cases."),
+        Option(min=2, max=3, help="2 for slices, 3 for volumes. By default, the cases decide."),
     ] = None,
     preset: Annotated[
         Literal["auto", "nnunet"],
-        Option(help="auto fits the machine and time; nnunet is nnU-Net's own plan and schedule."),
+        Option(
+            help="auto plans for the machine and the time; nnunet plans and trains as nnU-Net does."
+        ),
     ] = "auto",
     device: Device = "auto",
-    runs: Annotated[Path, Option(help="The folder whose cache stores measurements.")] = Path(
-        "runs"
-    ),
+    runs: Annotated[
+        Path, Option(help="The folder of runs; its cache stores the measurements.")
+    ] = Path("runs"),
     no_race: Annotated[
         bool, Option("--no-race", help="Plan by rules only, without trying candidates.")
     ] = False,

@@ -16,12 +16,12 @@ def pool_command(
     out: Annotated[Path, Option(help="The folder of the cross-validation, such as runs/all.")],
     json: JsonOption = False,
 ) -> None:
-    """Put folds that were trained apart, on several machines or GPUs, together as one."""
+    """Combine folds that were trained separately into one cross-validation."""
     from segkit.cli.train import say_result
     from segkit.training.pool import pool
 
     result = pool(folders, out)
-    say(f"folds {', '.join(result.summary['folds'])} together")
+    say(f"pooled the folds {', '.join(result.summary['folds'])}")
     say_result(result)
     if json:
         say_json({"folder": str(result.folder), **result.summary})

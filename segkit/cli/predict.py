@@ -37,7 +37,9 @@ def predict_command(
     ] = False,
     uncertainty: Annotated[
         bool,
-        Option("--uncertainty", help="Also write entropy, and variance over models and mirrors."),
+        Option(
+            "--uncertainty", help="Also write entropy, and variance over models and mirror images."
+        ),
     ] = False,
     statistics: Annotated[
         bool,
@@ -81,7 +83,9 @@ def predict_command(
     ] = "auto",
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        Option(help="Number format. The default is float32 on a CPU, float16 on a GPU."),
+        Option(
+            help="Number format of the network. The default is float32 on a CPU, float16 on a GPU."
+        ),
     ] = None,
     json: JsonOption = False,
     progress: Annotated[
@@ -164,8 +168,8 @@ def predict_command(
                     complain(outcome.error)
     if kept:
         say(
-            f"skipped {kept} of {counted(mine, 'volume')}, because results are there; --overwrite "
-            f"segments again"
+            f"skipped {kept} of {counted(mine, 'volume')} with results; pass --overwrite to "
+            f"segment them again"
         )
     if json:
         say_json({"models": [str(folder) for folder in folders], "volumes": volumes})
@@ -173,7 +177,7 @@ def predict_command(
 
 
 def _tell(outcome: "Outcome") -> None:
-    """Say what was written of one volume."""
+    """Print the files that were written for one volume."""
     if not outcome.written:
         return
     more = f" and {counted(len(outcome.written) - 1, 'more file')}" * (len(outcome.written) > 1)

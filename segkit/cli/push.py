@@ -17,7 +17,7 @@ def push_command(
         str,
         Argument(
             metavar="hf:OWNER/NAME|FOLDER",
-            help="The repository of a model hub, or a folder, to look at the files first.",
+            help="A repository of a model hub, or a folder in which to check the files first.",
         ),
     ],
     licence: Annotated[
@@ -34,17 +34,18 @@ def push_command(
         str | None, Option(metavar="TEXT", help="For the card: where the model fails.")
     ] = None,
     scores: Annotated[
-        Path | None, Option(help="A JSON file of segkit evaluate --out, with scores of more cases.")
+        Path | None,
+        Option(help="A JSON file from segkit evaluate --out, with scores of other cases."),
     ] = None,
     verdicts: Annotated[
         Path | None,
-        Option(help="A folder of segkit explain --verdicts. The default is one inside the run."),
+        Option(help="A folder from segkit explain --verdicts. The default is one inside the run."),
     ] = None,
     picture: Annotated[
         Path | None, Option(help="A picture for the card. Without it, no image is shared.")
     ] = None,
     private: Annotated[
-        bool, Option("--private", help="If the repository is made, make it private.")
+        bool, Option("--private", help="If the repository is new, make it private.")
     ] = False,
     json: JsonOption = False,
     overwrite: Overwrite = False,

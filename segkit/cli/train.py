@@ -71,7 +71,7 @@ def train_command(
     ] = False,
     folds: Annotated[
         str | None,
-        Option(metavar="all|0,2,…", help="Cross-validate with all folds or the given ones."),
+        Option(metavar="all|0,2,…", help="Cross-validate: train all folds, or only these."),
     ] = None,
     minutes: Annotated[
         float | None,
@@ -91,11 +91,15 @@ def train_command(
         # The first word after --resume RUN is a setting.
         config, overrides = None, [str(config), *(overrides or [])]
     if (config is None) == (resume is None):
-        raise ConfigError("expected either a CONFIG to train or --resume RUN; give one of them")
+        raise ConfigError(
+            "expected either a CONFIG or --resume RUN, found both or neither; give one of them"
+        )
     if dry_run and resume is not None:
         raise ConfigError("--dry-run does not work with --resume; give a CONFIG or DATASET")
     if dry_run and json:
-        raise ConfigError("--json needs a finished run, but --dry-run makes none; leave one out")
+        raise ConfigError(
+            "--json needs a finished run, but --dry-run makes none; leave out one of them"
+        )
     if minutes is not None and (config is None or dataset_in(config) is None):
         raise ConfigError("--minutes is only for a DATASET; for a CONFIG set train.minutes=5")
     started = time.monotonic()
@@ -271,7 +275,7 @@ def say_result(result: "Run | CrossValidation") -> None:
     say(f"{counted(summary['steps'], 'step')} in {summary['seconds_of_training']:.0f} s")
     if (limit := summary.get("minutes")) is not None:
         say(
-            f"{limit['taken']:.1f} of {counted(limit['given'], 'minute', form='g')}, with "
+            f"{limit['taken']:.1f} of {counted(limit['given'], 'minute', form='g')}, including "
             f"preparation and scoring"
         )
     scores = summary["validation"]

@@ -45,15 +45,15 @@ def check_attention_grids(
         window = bottleneck.window or coarsest
         if not any(1 < size < cells for size, cells in zip(window, coarsest, strict=True)):
             raise ValueError(
-                f"network.attention.bottleneck.shift needs windows smaller than the coarsest "
-                f"level's {coarsest} voxels of a patch, and of 2 or more along some axis, found "
-                f"{window}; give it another window or no shift"
+                "network.attention.bottleneck.shift needs windows smaller than the coarsest "
+                f"level, which has {coarsest} voxels, and longer than 1 voxel along at least one "
+                f"axis, found {window}; change the window, or set shift to false"
             )
     if isinstance(bottleneck, TransformerConfig) and math.prod(coarsest) > MOST_TOKENS:
         raise ValueError(
-            f"network.attention.bottleneck: a transformer among the {math.prod(coarsest):,} voxels "
-            f"of the coarsest level takes too long; give network.channels more levels, so that "
-            f"there are {MOST_TOKENS:,} at most"
+            f"network.attention.bottleneck: attention among the {math.prod(coarsest):,} voxels of "
+            "the coarsest level takes too long; add levels to network.channels until this level "
+            f"has at most {MOST_TOKENS:,} voxels"
         )
 
 
@@ -70,23 +70,23 @@ def _check_levels(
     if not levels:
         remedy = "set its levels" if block.kind == "lka" else "make the patch smaller or add levels"
         raise ValueError(
-            f"network.attention.{place}: {block.kind} needs a level of at most "
-            f"{MOST_PROJECTED:,} voxels of a patch, but every level has more; {remedy}"
+            f"network.attention.{place}: {block.kind} needs a level of at most {MOST_PROJECTED:,} "
+            f"voxels, but every level has more; {remedy}"
         )
     if isinstance(block, LargeKernelAttentionConfig):
         return
     for level in levels:
         if math.prod(grids[level]) > MOST_PROJECTED:
             raise ValueError(
-                f"network.attention.{place}.levels: epa has a weight for each voxel, and level "
-                f"{level} has {math.prod(grids[level]):,} in a patch; take levels of at most "
-                f"{MOST_PROJECTED:,}"
+                f"network.attention.{place}.levels: epa learns one weight per voxel, so it needs "
+                f"levels of at most {MOST_PROJECTED:,} voxels, but level {level} has "
+                f"{math.prod(grids[level]):,}; choose other levels"
             )
         if channels[level] % block.heads or channels[level] % 2:
             raise ValueError(
-                f"network.attention.{place}: epa shares channels out to {block.heads} heads and to "
-                f"two halves, and level {level} has {channels[level]}; give it heads that divide "
-                f"them, and an even number of network.channels"
+                f"network.attention.{place}: epa needs a number of channels that is even and a "
+                f"multiple of its {block.heads} heads, but level {level} has {channels[level]}; "
+                "change heads or network.channels"
             )
 
 
@@ -101,14 +101,13 @@ def _check_skip(attention: AttentionConfig, channels: Sequence[int], spatial_dim
     heads = getattr(skip, "heads", None)
     if isinstance(heads, list) and len(heads) != len(levels):
         raise ValueError(
-            f"network.attention.skip.heads must be one number or a list of {len(levels)}, "
-            f"one for each of the levels {levels}"
-            "; give one number, or one for each level"
+            f"network.attention.skip.heads must be one number, or a list of {len(levels)} with one "
+            f"number for each of the levels {levels}; correct the list"
         )
     if skip is not None and skip.levels is None and not levels:
         raise ValueError(
-            "network.attention.skip leaves out level 0 by default, but a network of two "
-            "network.channels has no other skip; set levels: [0]"
+            "network.attention.skip leaves out level 0 by default, but a network with two "
+            "network.channels has no other skip connection; set levels: [0]"
         )
     placed: list[int] = []
     if isinstance(skip, CrossAttentionConfig):
@@ -118,9 +117,8 @@ def _check_skip(attention: AttentionConfig, channels: Sequence[int], spatial_dim
     narrowest = min((channels[level] for level in placed), default=2 * spatial_dims)
     if narrowest < 2 * spatial_dims:
         raise ValueError(
-            f"network.attention.skip needs network.channels of {2 * spatial_dims} or "
-            f"more to encode positions, found {narrowest}"
-            "; widen the channels, or choose another attention"
+            f"network.attention.skip needs {2 * spatial_dims} or more network.channels to encode "
+            f"positions, found {narrowest}; increase them, or choose another attention"
         )
 
 
@@ -130,20 +128,18 @@ def _check_bottleneck(
     bottleneck, needed = attention.bottleneck, 2 * spatial_dims
     if isinstance(bottleneck, TransformerConfig) and bottleneck.head_channels % needed:
         raise ValueError(
-            f"network.attention.bottleneck.head_channels must be a multiple of {needed}, as pairs "
-            f"of channels are turned along each of {spatial_dims} axes, found "
-            f"{bottleneck.head_channels}"
-            "; choose a multiple, or other positions"
+            f"network.attention.bottleneck.head_channels must be a multiple of {needed} for rotary "
+            f"positions in {spatial_dims} dimensions, found {bottleneck.head_channels}; choose a "
+            "multiple, or other positions"
         )
     if not isinstance(bottleneck, SelfAttentionConfig):
         return
     encoding = {"rotary": bottleneck.head_channels, "sincos": channels[-1]}
     if encoding.get(bottleneck.positions, needed) < needed:
         raise ValueError(
-            f"network.attention.bottleneck.positions: {bottleneck.positions} needs "
-            f"{needed} channels or more (of each head, for rotary), "
-            f"found {encoding[bottleneck.positions]}"
-            "; widen it, or choose other positions"
+            f"network.attention.bottleneck.positions: {bottleneck.positions} needs {needed} or "
+            f"more channels (of each head, if rotary), found {encoding[bottleneck.positions]}; "
+            "increase them, or choose other positions"
         )
     window = bottleneck.window
     if window is not None and len(window) != spatial_dims:

@@ -88,8 +88,8 @@ class FilesConfig(Section):
         label_is_empty = "label" in self.model_fields_set and not self.label
         if not self.images or label_is_empty:
             raise ValueError(
-                "data.files needs images (a pattern for each channel) and label (a pattern), or a "
-                "table; give one or the other"
+                "data.files needs either a table, or images (a pattern for each channel) and "
+                "label (a pattern); give one or the other"
             )
         for pattern in (*self.images.values(), *([self.label] if self.label else [])):
             *folders, name = pattern.split("/")
@@ -156,6 +156,6 @@ class DatasetConfig(Section):
     def _images_are_named_once(self) -> Self:
         if self.files is not None and self.dicom is not None and self.dicom.images:
             raise ValueError(
-                "data.files and data.dicom.images both say which files are images; give one of them"
+                "data.files and data.dicom.images both select the images; remove one of them"
             )
         return self

@@ -65,7 +65,7 @@ class LossConfig(Section):
     def _is_whole(self) -> Self:
         if all(name in ADDED for name in self.terms):
             raise ValueError(
-                f"terms needs a term that counts voxels or overlap, found only "
+                "terms must include a term that counts voxels or overlap, found only "
                 f"{' and '.join(self.terms)}; add one, such as dice: 1"
             )
         if self.level_weights is not None and not sum(self.level_weights) > 0:

@@ -96,7 +96,7 @@ class ModelDescription(Section):
     def _parts_fit(self) -> Self:
         if unknown := [name for name in self.regions if name not in self.labels]:
             raise ValueError(
-                f"regions has {unknown[0]!r}, which has no number in labels; add it there"
+                f"regions has {unknown[0]!r}, which has no number in labels; add it to labels"
             )
         numbers = list(self.labels.values())
         if not self.regions and numbers != list(range(len(numbers))):
@@ -104,7 +104,8 @@ class ModelDescription(Section):
         named = list(self.labels)
         if self.regions and (numbers[0] != 0 or named[1:] != list(self.regions)):
             raise ValueError(
-                f"labels must be the background, with number 0, and then the regions, found {named}"
+                "labels must start with the background, as number 0, and then list the regions, "
+                f"found {named}"
             )
         if self.in_files:
             highest = max(*numbers, self.ignore or 0, *itertools.chain(*self.regions.values()))

@@ -67,7 +67,7 @@ class NetworkConfig(Section):
     kernels: list[list[Few]] | None = None
     """For each level, the odd size of convolutions along each axis. Default: 3 everywhere."""
     block: LevelBlockConfig = ConvolutionBlockConfig()
-    """What each level of the encoder and of the decoder is made of."""
+    """Kind of block in each level of the encoder and of the decoder."""
     normalisation: Literal["instance", "batch", "group", "none"] = "instance"
     downsampling: Literal["stride", "pool"] = "stride"
     """A strided convolution, as in nnU-Net, or max-pooling, as in the first U-Nets."""

@@ -50,7 +50,9 @@ class SgdConfig(Section):
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> Self:
         if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0; set nesterov to false")
+            raise ValueError(
+                "nesterov needs a momentum above 0; raise momentum, or set nesterov to false"
+            )
         return self
 
 

@@ -1,4 +1,4 @@
-"""Folders in the Brain Imaging Data Structure (BIDS): images, labels, and what labels mean.
+"""Folders in the Brain Imaging Data Structure (BIDS): images, labels, and the meaning of labels.
 
 bids/dataset_description.json
 bids/sub-01/ses-b/anat/sub-01_ses-b_T1w.nii.gz                   an image
@@ -67,9 +67,9 @@ def bids_images(folder: Path, channels: Sequence[str]) -> list[tuple[str, tuple[
             found.append((name, tuple(path for path in own if path)))
     if not found:
         raise DatasetError(
-            f"{folder}: no case of it has images for the channels {', '.join(channels)}; it has "
-            f"{first_few(sorted(suffixes)) or 'no images'}; give a YAML file with data.files, "
-            f"which says what is what"
+            f"{folder}: expected a case with images of the channels {', '.join(channels)}, found "
+            f"{first_few(sorted(suffixes)) or 'no images'}; write a YAML file whose data.files "
+            "names the files"
         )
     return found
 
@@ -115,7 +115,8 @@ def bids_label_names(folder: Path) -> dict[str, tuple[int, ...]] | None:
             names[row["name"]] = (*names.get(row["name"], ()), int(row["index"]))
         if told is not None and told != names:
             raise DatasetError(
-                f"{path}: says other labels than {tables[0]}; say which by data.labels"
+                f"{path}: has other labels than {tables[0]}; set data.labels to the labels that "
+                "are right"
             )
         told = names
     if told is not None and not any(0 in numbers for numbers in told.values()):
@@ -134,25 +135,26 @@ def list_bids(folder: Path, given: Labelling | None = None) -> DatasetJson:
     labels, images = bids_labels(folder), _images(folder, anywhere=False)
     if not labels:
         raise DatasetError(
-            f"{folder}: expected labels of its subjects, derivatives/*/sub-*/**/*_dseg.nii.gz, "
+            f"{folder}: expected label files derivatives/*/sub-*/**/*_dseg.nii.gz of its subjects, "
             f"found none; {told_proposal(folder)}"
         )
     bare = [name for name in labels if not images.get(name)]
     if bare:
         raise DatasetError(
-            f"{folder}: has labels of {first_few(bare, MOST_CASES)} and no anatomical image of "
-            f"theirs; complete it, or {told_proposal(folder)}"
+            f"{folder}: found labels but no anatomical image of {first_few(bare, MOST_CASES)}; add "
+            f"the images, or {told_proposal(folder)}"
         )
     common = set.intersection(*(set(images[name]) for name in labels))
     if not common:
         raise DatasetError(
-            f"{folder}: its labelled cases have no kind of image in common; {told_proposal(folder)}"
+            f"{folder}: expected a kind of image, such as T1w, that every labelled case has, found "
+            f"none; {told_proposal(folder)}"
         )
     names = bids_label_names(folder)
     if given is None and names is None:
         raise DatasetError(
-            f"{folder}: expected a table dseg.tsv with the names of labels, found none; add names "
-            f"to the command, such as {told_labels(list(labels.values()))}"
+            f"{folder}: expected a table dseg.tsv with the names of the labels, found none; add "
+            f"names to the command, such as {told_labels(list(labels.values()))}"
         )
     labelling = given or labelling_of(str(folder), names or {}, None, {})
     channels = tuple(sorted(common))
@@ -189,8 +191,8 @@ def _add(found: dict[str, Path], key: str, path: Path, folder: Path) -> None:
     other = found.setdefault(key, path)
     if other is not path:
         raise DatasetError(
-            f"{folder}: {other.relative_to(folder)} and {path.relative_to(folder)} are of one case "
-            f"and one kind; choose by patterns in data.files"
+            f"{folder}: {other.relative_to(folder)} and {path.relative_to(folder)} are two images "
+            "of the same kind and case; select one of them with a pattern in data.files"
         )
 
 

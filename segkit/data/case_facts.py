@@ -1,7 +1,7 @@
 """Facts of each case: size, spacing, and the voxels of each label, from reading the whole case.
 
-Facts are stored in one file while cases are read, if this takes long. So work that was stopped goes
-on where it was, and only files that changed are read again.
+Facts are stored in one file while cases are read, if this takes long. So stopped work
+continues, and only files that changed are read again.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ SECONDS_BEFORE_STORING = 10.0
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What is known of a case that fits its dataset."""
+    """Facts of a case that fits its dataset."""
 
     name: str
     shape: tuple[int, int, int]
@@ -61,7 +61,7 @@ class CaseFacts:
 
 @dataclass(frozen=True)
 class Examined:
-    """The facts of a case, or what is wrong with it."""
+    """The facts of a case, or its errors."""
 
     facts: CaseFacts | None
     error: SegkitError | None = None
@@ -155,8 +155,8 @@ class _Store:
                 found = STORED.validate_python(read_json(path))
             except (OSError, ValueError) as error:
                 raise DatasetError(
-                    f"{path}: expected what an earlier check stored, found something else; delete "
-                    f"the file to check all cases again ({' '.join(str(error).split())[:80]})"
+                    f"{path}: cannot be read as the stored results of a check; delete the file to "
+                    f"check all cases again ({' '.join(str(error).split())[:80]})"
                 ) from None
             wanted = set(keys.values())
             self.known = {key: facts for key, facts in found.items() if key in wanted}
@@ -185,7 +185,7 @@ class _Store:
         try:
             write_json(self.path, {key: asdict(facts) for key, facts in self.all.items()})
         except OSError as error:
-            logger.warning("%s: cannot store what was checked: %s", self.path, error)
+            logger.warning("%s: cannot store the results of the check: %s", self.path, error)
             self.path = None
 
 
@@ -195,7 +195,7 @@ def _key(case: CaseFiles) -> str:
 
 
 def _digest(dataset: Dataset) -> str:
-    """A digest of all settings of a dataset that decide what its cases must be like."""
+    """A digest of all settings of a dataset that decide which cases are valid."""
     labelling: Sequence[object] = (
         dataset.labels,
         dataset.regions,

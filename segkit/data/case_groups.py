@@ -33,7 +33,8 @@ def groups_of(dataset: Dataset, data: SplitDatasetConfig) -> dict[str, list[int]
     groups: dict[str, list[int]] = defaultdict(list)
     if lacking := [name for name in names if not found.get(name)]:
         raise DatasetError(
-            f"{wanted} gives no group for {first_few(lacking, NAMES_SHOWN)}; give each case one"
+            f"{wanted} gives no group for {first_few(lacking, NAMES_SHOWN)}; give each case one "
+            "group"
         )
     for number, name in enumerate(names):
         groups[found[name]].append(number)

@@ -71,7 +71,7 @@ def is_dataset(path: Path) -> bool:
 
 
 def config_at(path: Path) -> DatasetConfig:
-    """What a YAML file or a folder says of a dataset. Raises ConfigError."""
+    """The dataset settings of a YAML file or of a folder. Raises ConfigError."""
     return dataset_in(path) or load_config(path).data
 
 
@@ -124,7 +124,10 @@ def _images_of(data: DatasetConfig, channels: Sequence[str]) -> tuple[Sequence[s
     dataset = dataset_of(data, with_test=True)
     bare = [case.name for case in dataset.cases if not case.images]
     if bare:
-        raise DatasetError(f"{data.folder}: {first_few(bare, 3)} have no images; name scans")
+        raise DatasetError(
+            f"{data.folder}: expected an image for each case, found none for {first_few(bare, 3)}; "
+            "pass the scans themselves"
+        )
     return dataset.channels, [(case.name, case.images) for case in dataset.cases]
 
 
@@ -146,6 +149,6 @@ def _in_order(
     if len(images) == 1:
         return images
     raise DatasetError(
-        f"{path}: has the channels {', '.join(names)}, expected those of the model: "
-        f"{', '.join(channels)}; call them so"
+        f"{path}: expected the channels of the model, {', '.join(channels)}, found "
+        f"{', '.join(names)}; rename the channels"
     )

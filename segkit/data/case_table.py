@@ -74,8 +74,8 @@ def column_of(data: DatasetConfig, column: str, names: list[str], setting: str) 
         found[row[ID]] = row[column].strip()
     if unknown := sorted(found.keys() - set(names)):
         raise DatasetError(
-            f"{path}: rows name {first_few(unknown, NAMES_SHOWN)}, unknown in {data.folder}; "
-            f"correct the column {ID} or remove the rows"
+            f"{path}: expected only cases of {data.folder}, found rows for "
+            f"{first_few(unknown, NAMES_SHOWN)}; correct the column {ID} or remove the rows"
         )
     if lacking := [name for name in names if name not in found]:
         logger.warning(
@@ -100,19 +100,21 @@ def kept_for_test(data: DatasetConfig, names: list[str]) -> frozenset[str]:
         kept = frozenset(name for name, value in column.items() if value.lower() in YES_WORDS)
         if not kept:
             raise DatasetError(
-                f"{table_of(data)}: column {data.test.column} marks no test case by "
-                f"{', '.join(sorted(YES_WORDS))}; correct it or remove data.test"
+                f"{table_of(data)}: expected a test case, marked with "
+                f"{', '.join(sorted(YES_WORDS))} in the column {data.test.column}, found none; "
+                "correct the column or remove data.test"
             )
     else:
         kept = frozenset(data.test)
         if unknown := sorted(kept - set(names)):
             raise DatasetError(
-                f"data.test names {first_few(unknown, NAMES_SHOWN)}, unknown in {data.folder}; "
-                f"correct the name"
+                f"data.test: expected only cases of {data.folder}, found "
+                f"{first_few(unknown, NAMES_SHOWN)}; correct the name"
             )
     if len(kept) == len(names):
         raise DatasetError(
-            f"{data.folder}: data.test has every case, so none is left to train on; remove some"
+            f"{data.folder}: data.test contains every case, so no case is left to train on; remove "
+            "some cases from it"
         )
     return kept
 

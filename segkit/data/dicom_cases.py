@@ -279,8 +279,8 @@ def _label_of(name: str, series: Sequence[Series], labels: Sequence[StructureFil
     if len(found) > 1:
         listing = first_few([str(file.path) for file in found], MOST_SERIES)
         raise DatasetError(
-            f"case {name}: {len(found)} files of structures refer to it: {listing}; choose one "
-            f"with data.dicom.label"
+            f"case {name}: expected one file of structures, found {len(found)}: {listing}; select "
+            "one with data.dicom.label"
         )
     return found[0].path if found else None
 

@@ -51,7 +51,9 @@ def named(name: str, sources: Mapping[str, Source]) -> str:
     for known in sources:
         if name.lower() in (known.lower(), *known.lower().split("_")):
             return known
-    raise DatasetError(f"{name}: is not a dataset to fetch; name one of {', '.join(sources)}")
+    raise DatasetError(
+        f"{name}: segkit cannot fetch a dataset with this name; choose one of {', '.join(sources)}"
+    )
 
 
 def fetch_dataset(name: str, source: Source, folder: Path) -> Path:
@@ -71,7 +73,7 @@ def fetch_dataset(name: str, source: Source, folder: Path) -> Path:
     """
     target = folder / name
     if target.exists():
-        raise DatasetError(f"{target}: exists already; use it, or name another --out")
+        raise DatasetError(f"{target}: exists already; use it, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as beside:
         archive = Path(beside) / source.url.rpartition("/")[2]

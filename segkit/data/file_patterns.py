@@ -42,7 +42,7 @@ def list_files(folder: Path, files: FilesConfig, given: Labelling | None = None)
     channels, found = _in_table(folder, files) if files.table else _by_patterns(folder, files)
     if given is None and not files.labels:
         raise DatasetError(
-            f"data.files: expected names of labels, found none; set data.labels, such as "
+            f"data.files: expected the names of the labels, found none; set data.labels, such as "
             f"{told_labels([label for *_, label in found])} for the numbers in {found[0][2]}"
         )
     labelling = given or labelling_of(
@@ -67,15 +67,17 @@ def list_images(
     found = [matched(folder, pattern) for pattern in files.images.values()]
     for pattern, paths in zip(files.images.values(), found, strict=True):
         if not paths:
-            raise DatasetError(f"{folder}: no file in it matches {pattern}; see data.files")
+            raise DatasetError(
+                f"{folder}: no file in it matches {pattern}; correct the pattern in data.files"
+            )
     whole = set.intersection(*(set(paths) for paths in found))
     if torn := sorted(set[str]().union(*found) - whole):
         told = printable(f"{folder}: left out, as they lack a channel: {first_few(torn)}")
         logger.warning("%s", told)
     if not whole:
         raise DatasetError(
-            f"{folder}: no case has an image for each of {', '.join(files.images)}; wildcards of "
-            f"data.files.images must match alike"
+            f"{folder}: no case has an image for each of {', '.join(files.images)}; use patterns "
+            "in data.files.images whose wildcards match the same text for all images of a case"
         )
     cases = [(name, tuple(paths[name] for paths in found)) for name in sorted(whole)]
     return tuple(files.images), cases
@@ -87,15 +89,17 @@ def _by_patterns(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], lis
     images = [matched(folder, pattern) for pattern in files.images.values()]
     for pattern, found in ((files.label, labels), *zip(files.images.values(), images, strict=True)):
         if not found:
-            raise DatasetError(f"{folder}: no file matches {pattern}; correct data.files")
+            raise DatasetError(
+                f"{folder}: no file matches {pattern}; correct the pattern in data.files"
+            )
     problems = Problems()
     for pattern, found in zip(files.images.values(), images, strict=True):
         for name in sorted(labels.keys() - found.keys()):
             with problems.noted():
                 raise DatasetError(
                     f"{labels[name]}: is the label of case {name!r}, but {pattern} matches no "
-                    f"image of this case (it matches {_some(found)}); the wildcards of both "
-                    f"patterns must match the same texts"
+                    f"image of this case (it matches {_some(found)}); use patterns whose wildcards "
+                    "match the same text for the image and the label of a case"
                 )
     problems.refuse()
     if bare := sorted(set[str]().union(*images) - labels.keys()):

@@ -31,8 +31,8 @@ def with_labels(prepared: Prepared, labels: Volume) -> Prepared:
     holds = all(span.stop <= size for span, size in zip(prepared.box, turned.shape, strict=True))
     if not (holds and cropped(turned, prepared.box).agrees_with(prepared.source)):
         raise VolumeError(
-            "the first stage's labels lie on another grid than the volume; give labels of this "
-            "volume"
+            "expected labels of the first stage on the grid of the volume, found another grid; "
+            "pass the labels of this volume"
         )
     channel = prepare_label(labels, prepared)
     return replace(prepared, image=torch.cat([prepared.image, channel[None].to(prepared.image)]))

@@ -103,8 +103,8 @@ def _others(
     found = [name for name, numbers in {**groups, IGNORE: ignored}.items() if OTHERS in numbers]
     if len(found) > 1 or (found and found[0] not in (background, IGNORE)):
         raise DatasetError(
-            f"{source}: {OTHERS} must belong to {background} or {IGNORE}, found it in "
-            f"{_listing(found)}; move it there"
+            f"{source}: {OTHERS} may belong only to {background} or {IGNORE}, found it in "
+            f"{_listing(found)}; move it to one of them"
         )
     return found[0] if found else None
 
@@ -115,8 +115,8 @@ def _written_first(source: str, name: str, group: Sequence[int]) -> tuple[int, .
         if 0 <= number <= LARGEST_WRITTEN:
             return (number, *(other for other in group if other != number))
     raise DatasetError(
-        f"{source}: {name} needs a number from 0 to {LARGEST_WRITTEN} to be written as, found "
-        f"{_listing(group) or 'none'}; add one to its list"
+        f"{source}: {name} is written to files as a number from 0 to {LARGEST_WRITTEN}, but its "
+        f"list has {_listing(group) or 'none'}; add such a number to the list"
     )
 
 
@@ -141,7 +141,7 @@ def _check_shared(
                 regions_named = _listing(each for each in named if each != background)
                 raise DatasetError(
                     f"{source}: {other} and {name} overlap at {number}; add regions_class_order, "
-                    f"with the number that each of {regions_named} is written as"
+                    f"with the number to write for each of {regions_named}"
                 )
             raise DatasetError(
                 f"{source}: {other} and {name} share the number {number}; give each its own"

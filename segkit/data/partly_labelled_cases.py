@@ -39,20 +39,20 @@ def unlabelled_of(
         source, by_case = "data.labelled", data.labelled
         if unknown := sorted(by_case.keys() - set(names)):
             raise DatasetError(
-                f"{source}: names {first_few(unknown, NAMES_SHOWN)}, unknown in {data.folder}; "
-                f"correct the name"
+                f"{source}: expected only cases of {data.folder}, found "
+                f"{first_few(unknown, NAMES_SHOWN)}; correct the name"
             )
     found: dict[str, tuple[str, ...]] = {}
     for name, labelled in by_case.items():
         if unknown := [each for each in labelled if each not in (*classes, ALL)]:
             raise DatasetError(
-                f"{source}: has {unknown[0]!r} for {name}, which is not one of the classes "
-                f"{', '.join(classes)}; name some of these, or {ALL}"
+                f"{source}: expected for {name} some of the classes {', '.join(classes)}, or "
+                f"{ALL}, found {unknown[0]!r}; correct the name"
             )
         if not labelled:
             raise DatasetError(
-                f"{source}: has no classes for {name}; name the classes that are labelled in it, "
-                f"or {ALL}"
+                f"{source}: expected for {name} the classes that are labelled in it, found none; "
+                f"list them, or write {ALL}"
             )
         lacking = tuple(each for each in classes if each not in labelled)
         if lacking and ALL not in labelled:

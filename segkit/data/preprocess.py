@@ -138,9 +138,10 @@ def _check_memory(source: Grid, spacing: Sequence[float], num_channels: int) -> 
     if not needed <= free:
         size = " x ".join(f"{length:.3g}" for length in shape)
         raise TooLargeError(
-            f"expected a volume that fits into memory at the network's spacing of "
-            f"{' x '.join(f'{mm:g}' for mm in spacing)} mm, found {size} voxels there, which need "
-            f"{needed / 1e9:.3g} GB while {free / 1e9:.3g} GB are free; check both spacings"
+            "expected a volume that fits into memory at the network's spacing of "
+            f"{' x '.join(f'{mm:g}' for mm in spacing)} mm, found {size} voxels, which need "
+            f"{needed / 1e9:.3g} GB while only {free / 1e9:.3g} GB are free; check the spacing of "
+            "the volume and of the network"
         )
 
 

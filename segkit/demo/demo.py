@@ -73,9 +73,11 @@ def run_demo(
     """
     if out.exists() and any(out.iterdir()):
         if not overwrite:
-            raise SegkitError(f"{out}: exists already; pass --overwrite or name another --out")
+            raise SegkitError(f"{out}: exists already; pass --overwrite or choose another --out")
         if not (out / "summary.json").exists() and not (out / "dataset" / "dataset.json").exists():
-            raise SegkitError(f"{out}: contains files that are not from a demo; name another --out")
+            raise SegkitError(
+                f"{out}: contains files that are not from a demo; choose another --out"
+            )
         shutil.rmtree(out)
     say("A U-Net with attention gates learns grey and white matter from synthesised scans.")
     scan, reference = load_template()
@@ -166,7 +168,7 @@ def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
     """Write a dataset of two cases: the tissue map for training, and the held-out real scan.
 
     Args:
-        folder: where the dataset is written.
+        folder: the folder to write the dataset to.
         scan: the real scan.
         reference: the tissue labels on the same grid.
 

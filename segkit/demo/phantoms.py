@@ -36,7 +36,7 @@ def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
     'posterior' (the rest).
 
     Args:
-        folder: where the dataset is written.
+        folder: the folder to write the dataset to.
         num_cases: number of cases.
         seed: of all random numbers; the same seed gives the same files.
 

@@ -140,7 +140,7 @@ def compare(
     if lengths and (unit == "pixel") != (other_unit == "pixel"):
         raise ConfigError(
             f"{a} has lengths in {unit}, {b} in {other_unit}; evaluate both with the same "
-            f"--pixel-size, or compare metrics that are no lengths"
+            "--pixel-size, or compare metrics that are not lengths"
         )
     names = sorted(first.keys() & second.keys())
     if not names:
@@ -297,7 +297,10 @@ def _groups(names: Sequence[str], strata: Mapping[str, str] | None) -> Integer[n
     if strata is None:
         return np.zeros(len(names), dtype=np.int64)
     if missing := [name for name in names if name not in strata]:
-        raise ConfigError(f"no stratum for {first_few(missing, 3)}; give one for each case")
+        raise ConfigError(
+            f"expected a stratum for each case, found none for {first_few(missing, 3)}; add it to "
+            "the table"
+        )
     return np.unique([strata[name] for name in names], return_inverse=True)[1]
 
 
@@ -309,8 +312,8 @@ def _classes(
     of_b = list(dict.fromkeys(name for case in names for name in second[case]))
     if set(of_a) != set(of_b):
         raise ConfigError(
-            f"{a} has scores of {first_few(of_a)}, {b} of {first_few(of_b)}; compare scores of the "
-            f"same classes"
+            f"{a} has scores of {first_few(of_a)}, but {b} has scores of {first_few(of_b)}; "
+            "compare scores of the same classes"
         )
     return of_a
 

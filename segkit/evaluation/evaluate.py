@@ -384,7 +384,7 @@ def _with_labels_of(
     if len(present) > MOST_LABELS:
         raise VolumeError(
             f"{reference}: expected at most {MOST_LABELS} labels, found {len(present)} different "
-            f"numbers in this and other files; give segmentations, or name the labels by --labels"
+            "numbers in this and other files; give segmentations, or list the labels with --labels"
         )
     return present
 
@@ -410,8 +410,9 @@ def _score_pair(
         )
         if prediction_path and labelling.ignore is not None and (found == labelling.ignore).any():
             raise ValueError(
-                f"expected a class for each voxel of a prediction, found "
-                f"{labelling.in_file(labelling.ignore)}, the number of ignore; give it a class"
+                "expected a class for each voxel of a prediction, found "
+                f"{labelling.in_file(labelling.ignore)}, the number of ignore; replace it with the "
+                "number of a class"
             )
         rows = score_case(
             found if prediction_path else np.zeros_like(right),

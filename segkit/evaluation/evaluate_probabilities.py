@@ -37,8 +37,8 @@ def calibrate_pairs(
     """
     if labelling is None:
         raise ConfigError(
-            "probabilities need the names of labels in their order, but no file gives them; give a "
-            "dataset, or a dataset.json by --labels"
+            "probabilities need the names of the labels in order, but no file has them; give a "
+            "dataset, or a dataset.json with --labels"
         )
     members = labelling.members
     if not labelling.regions:

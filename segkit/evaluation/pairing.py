@@ -164,8 +164,8 @@ def _in_table(path: Path) -> list[NamedVolume]:
     absent = [row[LABEL] for row in rows if not (path.parent / row[LABEL]).is_file()]
     if absent:
         raise DatasetError(
-            f"{path}: names {absent[0] or 'nothing'} as {LABEL}, which is no file in {path.parent}"
-            "; correct the table, or add the file"
+            f"{path}: names {absent[0] or 'nothing'} as {LABEL}, which is not a file in "
+            f"{path.parent}; correct the table, or add the file"
         )
     return [
         NamedVolume(path.parent / row[LABEL], row[ID], ((_normal(row[ID]),), parts))
@@ -175,7 +175,7 @@ def _in_table(path: Path) -> list[NamedVolume]:
 
 
 def _in_bids(folder: Path, labels: Mapping[str, Path]) -> References:
-    """The labels of a BIDS folder, and what they mean if a table says so."""
+    """The labels of a BIDS folder, and their names if a table gives them."""
     volumes = tuple(
         NamedVolume(path, name, ((_normal(name),), _parts(path, folder)))
         for name, path in labels.items()
@@ -191,7 +191,7 @@ def pair_with(predictions: Path, references: References, where: Path) -> Pairing
     Args:
         predictions: a segmentation, or a folder of segmentations.
         references: from `references_in`.
-        where: the path of the references, for messages.
+        where: path of the references, for messages.
     """
     if not predictions.exists():
         raise VolumeError(f"{predictions}: no such file or folder; check the path")

@@ -254,7 +254,8 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
     units = {row.unit for row in rows}
     if "pixel" in units and len(units) > 1:
         raise ValueError(
-            "expected all cases in pixels or none, got some of each; set one pixel size for all"
+            "expected all cases measured in pixels or all in mm, got both; set one pixel size for "
+            "all"
         )
     ordered = sorted(rows, key=lambda row: (row.label, row.case))
     scores = {

@@ -19,7 +19,7 @@ from segkit.errors import counted
 from segkit.evaluation.calibration import IN_QUESTION, Reliability
 
 MOST_VOXELS, FEWEST_VOXELS = 200_000, 10_000
-"""Of a case, drawn at random."""
+"""Most and fewest voxels of a case that are drawn at random."""
 MOST_PROBABILITIES = 2**25
 """Probabilities that are kept, of all cases together: 128 MB."""
 LOWEST, HIGHEST = 0.05, 20.0
@@ -33,14 +33,14 @@ single precision holds of p, and of 1 - p."""
 
 @dataclass(frozen=True)
 class Temperature:
-    """A temperature, and what it does to the probabilities that it was fitted on."""
+    """A temperature, and its effect on the probabilities that it was fitted on."""
 
     value: float
-    """Logits are divided by it; above 1 probabilities were too sure."""
+    """Logits are divided by it. A value above 1 means that the probabilities were too sure."""
     cases: int
     voxels: int
     log_loss: tuple[float, float]
-    """The mean of -log of the probability of what is true, before and after."""
+    """The mean of -log of the probability of the true class, before and after."""
     ece: tuple[float, float]
     """The expected calibration error at voxels in question, before and after."""
     brier: tuple[float, float]

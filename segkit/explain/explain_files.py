@@ -124,7 +124,7 @@ def explain_files(
     Args:
         predictor: runs the model.
         inputs: the volumes.
-        folder: where the files are written.
+        folder: the folder to write the files to.
         references: the label file of the only volume, a folder of labels, or a dataset. Files of a
             folder or dataset are paired with the volumes as in `find_pairs`. Classes that a dataset
             calls unlabelled in a case (`data.labelled`) do not count there. If None, the model's
@@ -293,7 +293,7 @@ def explain_heads(
         predictor: runs the model.
         inputs: the volumes.
         references: their labels, as in `explain_files`.
-        folder: where the two files are written.
+        folder: the folder to write the two files to.
         overwrite: whether existing files may be replaced.
         track: reports the progress.
 

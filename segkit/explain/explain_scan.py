@@ -183,8 +183,8 @@ class Explanation:
         """Write labels, maps, measures and the page, as `segkit explain` does.
 
         Args:
-            folder: where the files are written. It is created if it is missing; existing files are
-                replaced.
+            folder: the folder to write the files to. It is created if it is missing; existing files
+                are replaced.
             made: provenance (model, inputs, settings) for each JSON file.
 
         Returns:

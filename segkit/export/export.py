@@ -128,15 +128,15 @@ def export_model(
     if EXPORT_SUFFIXES[form] and out.suffix != EXPORT_SUFFIXES[form]:
         raise ModelError(
             f"{out}: expected a name that ends in {EXPORT_SUFFIXES[form]} for {form}, found "
-            f"{out.name!r}; name another --out"
+            f"{out.name!r}; choose another --out"
         )
     written = (out, out.with_suffix(".bin")) if form == "openvino" else (out,)
     if precision != "float32":
         _check_precision(form, precision, check, scan)
     elif calibration or reference is not None:
         raise ModelError(
-            "calibration and a reference are for a lower precision; ask for float16 or int8, or "
-            "leave them out"
+            "calibration and reference are only for float16 and int8, found float32; choose one "
+            "of these precisions, or leave both out"
         )
     if any_size and form != "onnx":
         raise ModelError(
@@ -177,16 +177,16 @@ def _check_precision(
 ) -> None:
     """Raise ModelError if a form has no such precision, or a check has no scan."""
     if form not in ("onnx", "openvino"):
-        raise ModelError(f"{form} is written in float32 only, found {precision}; export onnx")
+        raise ModelError(f"{form} can only be written in float32, found {precision}; export onnx")
     if form == "openvino" and precision == "int8":
         raise ModelError(
-            "int8 is written as onnx only, as OpenVINO's needs the package nncf; export onnx in "
-            "int8, which OpenVINO reads as well"
+            "int8 can only be written as onnx, because openvino would need the package nncf; "
+            "export onnx, which OpenVINO also reads"
         )
     if check and scan is None:
         raise ModelError(
-            f"a check of {precision} needs a real scan, as noise says nothing of labels; give one "
-            f"(--scan)"
+            f"the check of {precision} compares labels, so it needs a real scan instead of noise; "
+            "pass one with --scan"
         )
 
 

@@ -85,7 +85,7 @@ def _check_other_size(model: Model, exported: RunGraph) -> None:
             model, exported, image, layout=WindowLayout(larger, overlaps, multiple)
         )
     except Exception as error:  # the errors of networks and runtimes have no common base class
-        raise ModelError(f"expected windows of {larger} voxels to work; {wanted}") from error
+        raise ModelError(f"the network fails in windows of {larger} voxels; {wanted}") from error
     if not agreement.holds:
         raise ModelError(
             f"windows of {larger} voxels differ from PyTorch ({'; '.join(agreement.lines())}); "
@@ -123,7 +123,7 @@ def export_reduced(
     overlap: float = 0.5,
     any_size: bool = False,
 ) -> tuple[RunGraph, RunGraph]:
-    """Write a model in lower precision; return what runs it in float32, and in this precision.
+    """Write a model in lower precision; return runtimes for float32 and for this precision.
 
     Args:
         model: a trained model.

@@ -36,7 +36,7 @@ SHORTEST_INTERVAL = 2
 
 @dataclass(frozen=True)
 class AuthorsWords:
-    """What only the author of a model can say about it, as Markdown; None if it is not stated."""
+    """Statements of a model's author about it, as Markdown; None if one is not made."""
 
     licence: str | None = None
     data: str | None = None
@@ -57,10 +57,10 @@ def card_text(
 
     Args:
         name: name of the model.
-        address: what `--model` takes to load it.
+        address: the value of `--model` that loads it.
         descriptions: of the model, or of the model of each fold.
         facts: settings, scores and verdicts.
-        words: what the author says.
+        words: the author's statements.
         picture: name of the file with a picture, if one is shared.
     """
     described = descriptions[0]
@@ -186,11 +186,11 @@ def _all_scores(facts: SharedFacts) -> Iterable[str]:
     if facts.held_out is None and facts.tested is None:
         yield "None were shared."
     if facts.held_out is not None:
-        yield f"Of {counted(facts.held_out.cases, 'held-out case')} of the training:"
+        yield f"Scores of {counted(facts.held_out.cases, 'held-out case')} of the training:"
         yield _scores(facts.held_out)
         yield f"Note: {facts.held_out.note}." if facts.held_out.note else ""
     if facts.tested is not None:
-        yield f"Of {counted(facts.tested.cases, 'case')}, by `segkit evaluate`:"
+        yield f"Scores of {counted(facts.tested.cases, 'case')}, computed by `segkit evaluate`:"
         yield _scores(facts.tested)
         yield f"Note: {facts.tested.note}." if facts.tested.note else ""
 

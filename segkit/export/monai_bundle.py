@@ -74,13 +74,12 @@ def export_bundle(
     """
     if model.first:
         raise ModelError(
-            f"{model.description.run}: expected a model without a first stage, because a bundle "
-            f"holds one network, found one that takes the labels of a first stage; export it as "
-            f"onnx or openvino, or use segkit predict"
+            f"{model.description.run}: a bundle holds one network, but this model also needs a "
+            "first stage; export it as onnx or openvino, or use segkit predict"
         )
     if folder.exists() and not (folder / "configs" / "metadata.json").is_file():
         raise ModelError(
-            f"{folder}: expected a bundle to overwrite, found something else; name another --out"
+            f"{folder}: expected a bundle to overwrite, found something else; choose another --out"
         )
     deployed = deployment(model, overlap=overlap)
     metadata = metadata_of(model, deployed)

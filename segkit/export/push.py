@@ -16,7 +16,7 @@ from segkit.model.hub import hub_errors
 
 @dataclass(frozen=True)
 class Push:
-    """Where a model was pushed to, and the files that were written.
+    """The place that a model was pushed to, and the files that were written.
 
     Example:
         pushed = segkit.push_model("runs/mine", "hf:clinic/hippocampus", licence="cc-by-4.0")
@@ -55,9 +55,9 @@ def push_model(
         to: `hf:OWNER/NAME`, a repository that is made if it does not exist; or a folder, to look at
             the files first.
         licence: licence of the weights, such as `cc-by-4.0`.
-        data: where the training data come from, as Markdown for the card.
-        intended_use: what the model is for, as Markdown for the card.
-        limits: where it fails, as Markdown for the card.
+        data: origin of the training data, as Markdown for the card.
+        intended_use: purpose of the model, as Markdown for the card.
+        limits: cases in which the model fails, as Markdown for the card.
         scores: a file of `segkit evaluate --out` with scores of other cases.
         verdicts: a folder of `segkit explain --verdicts`. By default, verdicts on this model in the
             folder of the run are taken, if there are any.
@@ -80,8 +80,8 @@ def push_model(
     address = parse_address(to)
     if address is not None and (not isinstance(address, HubAddress) or address.revision):
         raise ModelError(
-            f"{to}: expected hf:OWNER/NAME or a folder to push to, found something else; a commit "
-            f"goes to the main branch"
+            f"{to}: expected hf:OWNER/NAME without a revision, or a folder, found something else; "
+            "correct the address"
         )
     target = Path(to)
     name = address.name if address is not None else target.resolve().name
@@ -116,10 +116,10 @@ def push_model(
 
 def _check_replaceable(folder: Path, overwrite: bool) -> None:
     if not overwrite:
-        raise ModelError(f"{folder}: exists already; pass --overwrite or name another folder")
+        raise ModelError(f"{folder}: exists already; pass --overwrite or choose another folder")
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / SUMS).is_file()):
         raise ModelError(
-            f"{folder}: expected a shared model to overwrite, found something else; name another "
+            f"{folder}: expected a shared model to overwrite, found something else; choose another "
             f"folder"
         )
 
@@ -149,7 +149,7 @@ def _upload(
         if before and not overwrite:
             raise ModelError(
                 f"{address}: holds {first_few(before, 3)} already; pass --overwrite to add a new "
-                f"version, or name another repository"
+                f"version, or choose another repository"
             )
         committed = hub.create_commit(
             address.repository,

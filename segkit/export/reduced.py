@@ -40,7 +40,7 @@ MOST_WINDOWS = 24
 
 @dataclass(frozen=True)
 class ReducedCheck:
-    """What a model in lower precision makes of a scan, beside the same model in float32."""
+    """The results of a model on a scan in lower precision, compared with float32."""
 
     precision: ExportPrecision
     same_labels: float
@@ -48,7 +48,7 @@ class ReducedCheck:
     dice_between: Mapping[str, float]
     """Dice of each class or region between both predictions; NaN if it is in neither."""
     seconds: tuple[float, float]
-    """Of a prediction in float32 and in this precision, by the same runtime."""
+    """Seconds of a prediction in float32 and in this precision, with the same runtime."""
     dice: Mapping[str, tuple[float, float]]
     """With a reference, Dice of each class or region in float32 and in this precision."""
 
@@ -161,7 +161,7 @@ def quantised(file: Path, windows: Sequence[Tensor]) -> Any:
 
     if not windows:
         raise ModelError(
-            "int8 needs real scans, on which the range of features is measured; give some, such as "
+            "int8 needs real scans to measure the range of the features; pass some, such as "
             "--calibration imagesTr"
         )
 

@@ -34,7 +34,7 @@ OF_VERDICT = ("map", "channel", "structure", "direction", "word", "reason")
 EXPLANATIONS = ("cohort.json", "measures.json")
 """The files of `segkit explain` that hold verdicts: over several scans, and of one scan."""
 FOLDER = "my_dataset"
-"""What stands for the folder of the dataset."""
+"""Text in place of the folder of the dataset."""
 NOT_IN_NAMES = re.compile(r"[^\w.-]+")
 
 
@@ -238,6 +238,6 @@ def read_verdicts(path: Path, folders: Sequence[Path]) -> SharedVerdicts:
     if not rows or not set(judged) <= own:
         raise ModelError(
             f"{path}: expected verdicts on the gates of this model, found "
-            f"{'those of another' if rows else 'none'}; explain this model with --verdicts"
+            f"{'those of another model' if rows else 'none'}; explain this model with --verdicts"
         )
     return SharedVerdicts(scans, rows)

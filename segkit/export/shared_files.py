@@ -54,10 +54,10 @@ def write_shared(
 
     Args:
         source: a finished run, a cross-validation, or a model folder.
-        folder: where the files are written.
+        folder: the folder to write the files to.
         name: name of the shared model, which replaces that of the run.
-        address: what `--model` takes to load it.
-        words: what the author says about it.
+        address: the value of `--model` that loads it.
+        words: the author's statements about it.
         scores: a file of `segkit evaluate --out`, if its scores shall be shared.
         verdicts: a folder of `segkit explain --verdicts`. If None, verdicts on this model in the
             folder of the run are taken.

@@ -34,7 +34,7 @@ NOT_ALPHANUMERIC = re.compile(r"[^a-zA-Z0-9]")
 
 
 def bids_path(source: Input, out: Path | None) -> Path:
-    """Where the labels of an input go in a folder of derivatives.
+    """The path of an input's labels in a folder of derivatives.
 
     Entities are those that the names of all its files have. An input that has no name in BIDS is
     the subject of its own name: `sub-PA0ST0SE1`. A name without letters from a to z and digits
@@ -44,12 +44,13 @@ def bids_path(source: Input, out: Path | None) -> Path:
     """
     if out is None or has_volume_suffix(out):
         raise VolumeError(
-            f"{out or source.files[0]}: BIDS derivatives go into a folder; name it as --out"
+            f"{out or source.files[0]}: BIDS derivatives are written into a folder; pass a folder "
+            "as --out"
         )
     if is_picture(source.files[0]):
         raise VolumeError(
-            f"{source.files[0]}: is a picture, expected a volume, as BIDS derivatives are NIfTI "
-            f"files; leave --layout bids out"
+            f"{source.files[0]}: BIDS derivatives need a volume, found a picture; leave out "
+            "--layout bids"
         )
     entities = _entities(source)
     folder = out / f"sub-{entities['sub']}"
@@ -60,17 +61,17 @@ def bids_path(source: Input, out: Path | None) -> Path:
 
 
 def bids_stem(labels: Path) -> str:
-    """What other results beside the labels begin with: without `_dseg` and the suffix."""
+    """The start of the other results' names: the labels' name without `_dseg` and the suffix."""
     return labels.name.removesuffix("_dseg.nii.gz")
 
 
 def told_of_sources(source: Input) -> dict[str, Any]:
-    """What BIDS asks the JSON file beside labels for: the files that they were made of."""
+    """Fields that BIDS requires in the JSON file beside labels: the files they were made from."""
     return {"Sources": [_relative(file) for file in source.files], "Manual": False}
 
 
 def write_bids_root(out: Path, labelling: Labelling, *, models: Sequence[str]) -> None:
-    """Write what describes a folder of derivatives, if it is not there yet.
+    """Write the files that describe a folder of derivatives, if they are not there yet.
 
     Raises VolumeError if the folder's dataset_description.json is not that of derivatives.
     """
@@ -80,12 +81,12 @@ def write_bids_root(out: Path, labelling: Labelling, *, models: Sequence[str]) -
             kind = read_json_object(described).get("DatasetType")
         except (OSError, ValueError) as error:
             raise VolumeError(
-                f"{described}: cannot be read as JSON: {error}; repair it, or name another folder"
+                f"{described}: cannot be read as JSON: {error}; repair it, or choose another folder"
             ) from None
         if kind != "derivative":
             raise VolumeError(
-                f"{out}: is a BIDS folder of the type {kind or 'raw'}, expected one of "
-                f"derivatives; name another folder, such as {out / 'derivatives' / 'segkit'}"
+                f"{out}: expected a BIDS folder of derivatives, found one of the type "
+                f"{kind or 'raw'}; choose another folder, such as {out / 'derivatives' / 'segkit'}"
             )
     else:
         write_json(

@@ -82,8 +82,8 @@ def write_dicom_segmentation(
     sources = [_source(path) for path in dict.fromkeys(one.path for one in slices)]
     if slices[0].frame is not None and len(sources) > 1:
         raise VolumeError(
-            f"{series.folder}: is a series of {len(sources)} enhanced files, to which a DICOM "
-            f"segmentation cannot refer here; write NIfTI instead"
+            f"{series.folder}: is a series of {len(sources)} enhanced files, for which segkit "
+            "cannot write a DICOM segmentation; write NIfTI instead"
         )
     private = CodingSchemeIdentificationItem(
         PRIVATE, name=PRIVATE_NAME, responsible_organization="segkit"
@@ -109,7 +109,7 @@ def write_dicom_segmentation(
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise VolumeError(
-            f"{series.folder}: cannot be written as a DICOM segmentation, because of its headers: "
+            f"{series.folder}: the headers of this series do not allow a DICOM segmentation: "
             f"{reason}; write NIfTI instead"
         ) from None
     with whole(path) as partial:
@@ -123,8 +123,8 @@ def _source(path: Path) -> Any:
     source = dcmread(path, stop_before_pixels=True)
     if missing := [keyword for keyword in NEEDED_TAGS if not source.get(keyword)]:
         raise VolumeError(
-            f"{path}: expected the tag {missing[0]}, to which a DICOM segmentation must refer, "
-            f"found none; write NIfTI instead"
+            f"{path}: a DICOM segmentation needs the tag {missing[0]} of the series, found none; "
+            "write NIfTI instead"
         )
     for keyword in MAY_LACK:
         if keyword not in source:

@@ -130,19 +130,21 @@ def output_path(source: Input, *, out: Path | None, single: bool, as_dicom: bool
         path = source.folder / f"{source.file_name}_seg{suffix}"
     elif out.name.lower().endswith((*SUFFIXES, DICOM_SUFFIX)):
         if not single:
-            raise VolumeError(f"{out}: one file cannot hold several predictions; name a folder")
+            raise VolumeError(
+                f"{out}: one file cannot hold several predictions; pass a folder as --out"
+            )
         path = out
     else:
         path = out / f"{source.file_name}{suffix}"
     if as_dicom and not _is_dicom(path):
         raise VolumeError(
-            f"{path}: expected a name in {DICOM_SUFFIX} for a DICOM segmentation; name another "
-            f"--out, or a folder"
+            f"{path}: expected a name ending in {DICOM_SUFFIX} for a DICOM segmentation; choose "
+            "another --out, or a folder"
         )
     if _is_dicom(path) and not source.is_series:
         raise VolumeError(
-            f"{source.files[0]}: expected a DICOM series, to which a DICOM segmentation must "
-            f"refer, found another format; name a NIfTI file or a folder as --out"
+            f"{source.files[0]}: a DICOM segmentation needs a DICOM series as input, found another "
+            "format; choose a NIfTI file or a folder as --out"
         )
     if not _is_dicom(path):
         check_writable(path)
@@ -210,7 +212,10 @@ def predict_files(
         _check_installed("highdicom", "dicom", "a DICOM segmentation")
 
     if layout == "bids" and as_dicom:
-        raise VolumeError("BIDS derivatives are NIfTI files; ask for them or for --dicom-seg")
+        raise VolumeError(
+            "BIDS derivatives are NIfTI files, but --dicom-seg writes DICOM; leave out one of the "
+            "two"
+        )
 
     def targets_of(source: Input) -> Targets:
         prob = "prob"
@@ -328,8 +333,8 @@ def _planned(
             owner = owners.setdefault(sidecar_of(targets.labels.resolve()), source)
             if owner is not source:
                 raise VolumeError(
-                    f"{targets.labels}: is also the result of {owner.files[0]}; give one of "
-                    f"them another --out"
+                    f"{targets.labels}: would also be the prediction of {owner.files[0]}; give "
+                    f"one of them another --out"
                 )
             planned.append((source, targets))
         except VolumeError as error:
@@ -379,7 +384,9 @@ def _refuse(source: Input, targets: Targets, inputs: set[Path], *, overwrite: bo
     for path in targets.all:
         if path.resolve() in inputs:
             which = "the" if path in source.files else "an"
-            raise VolumeError(f"{path}: is {which} input itself; name another --out")
+            raise VolumeError(
+                f"{path}: the prediction would overwrite {which} input; choose another --out"
+            )
     left = unfinished_files(targets.labels)
     if not source.of_folder:
         refuse_existing(targets.all, overwrite=overwrite, left=left)

@@ -289,7 +289,7 @@ class Predictor:
 
     @property
     def temperature(self) -> float | None:
-        """By what logits are divided for probabilities: the geometric mean of the models' own.
+        """The divisor of logits before they become probabilities: the geometric mean over models.
 
         A model without one counts as 1; None if no model has one.
         """
@@ -450,9 +450,9 @@ def _check_alike(models: Sequence[Model]) -> None:
             expected, found = list(getattr(first, name)), list(getattr(other, name))
             if getattr(first, name) != getattr(other, name):
                 raise ModelError(
-                    f"models that predict together must have the same labels and channels, but "
+                    "models that predict together must have the same labels and channels, but "
                     f"{first.run} has the {name} {', '.join(expected)} and {other.run} has "
-                    f"{', '.join(found)}; name models of one task"
+                    f"{', '.join(found)}; use models of the same task"
                 )
 
 

@@ -22,7 +22,7 @@ from segkit.geometry.resample import resample
 AT_ONCE = 2**20
 """Number of logits from which labels are computed at once, so that they fit into a cache."""
 AT_ONCE_ON_GPU = 2**28
-"""The same on a GPU, which has more memory, and where each call takes time."""
+"""The same on a GPU, which has more memory, and needs time for each call."""
 WALK_AXIS = 2
 """Slabs follow one another from foot to head, the slowest axis in the files of most volumes."""
 

@@ -123,9 +123,9 @@ def _check(archive: Path, members: Iterable[ArchiveMember], limit: int) -> None:
         total += member.size
         if member.size < 0 or total > limit or count > MOST_MEMBERS:
             raise DatasetError(
-                f"{archive}: expected at most {limit / 1e9:.1f} GB and {MOST_MEMBERS:,} files, "
-                f"found more than this disk or this archive can plausibly hold; unpack it by hand "
-                f"if you trust it"
+                f"{archive}: unpacks to more than {limit / 1e9:.1f} GB or {MOST_MEMBERS:,} files, "
+                "which is too much for this disk or for such an archive; unpack it by hand if you "
+                "trust it"
             )
         # Also check the name as Windows would read it, with its separator and drive letters.
         parts = PureWindowsPath(member.name)

@@ -149,7 +149,7 @@ def refuse_existing(paths: Iterable[Path], *, overwrite: bool, left: Collection[
     """
     for path in paths:
         if path.exists() and not overwrite and path.absolute() not in left:
-            raise VolumeError(f"{path}: exists already; pass --overwrite or name another --out")
+            raise VolumeError(f"{path}: exists already; pass --overwrite or choose another --out")
 
 
 def _note(first: Path) -> Path:

@@ -291,8 +291,8 @@ def _listed(
             if filecmp.cmp(first, file, shallow=False):
                 continue
             raise VolumeError(
-                f"{file}: has the same SOP Instance UID as {first.name}, {instance}, but is "
-                f"another image; move one of them away"
+                f"{file}: has the same SOP Instance UID as {first.name}, {instance}, but a "
+                "different image; move one of them away"
             )
         told = tuple(_text(reader, key) for key in (DESCRIPTION, MODALITY))
         about = tuple(_text(reader, key) for key in (STUDY, PATIENT, FRAME_OF_REFERENCE))
@@ -367,7 +367,7 @@ def _filled(slices: Sequence[Slice], shape: tuple[int, int, int]) -> ndarray:
             data[:, :, places[path, frame]] = values
     if longer:
         logger.warning(
-            "%s: %d of %d files hold more pixels than their header says; the rest is left out",
+            "%s: %d of %d files hold more pixels than their header says; these are ignored",
             *(longer[0], len(longer), len(files)),
         )
     return data

@@ -93,7 +93,7 @@ def read_structure_file(path: Path) -> StructureFile:
     if kind is None:
         raise VolumeError(
             f"{path}: expected a DICOM structure set or segmentation, found another kind of file; "
-            f"name a file of the modality RTSTRUCT or SEG"
+            "choose a file of the modality RTSTRUCT or SEG"
         )
     header = read_header(path, only=TOLD_BY_FILE)
     about = (
@@ -226,8 +226,8 @@ def _corners(path: Path, name: str, contour: Any, grid: Grid) -> ndarray:
     kind = str(contour.get("ContourGeometricType") or "")
     if kind not in FILLED:
         raise VolumeError(
-            f"{path}: structure {name} has a contour of the kind {kind or 'unknown'}, expected "
-            f"{FILLED[0]}; leave it out of data.dicom.structures"
+            f"{path}: structure {name} has a contour of the kind {kind or 'unknown'}, but segkit "
+            f"fills only {FILLED[0]}; leave the structure out of data.dicom.structures"
         )
     try:
         points = np.array(contour.get("ContourData"), float).reshape(-1, 3)
@@ -235,16 +235,17 @@ def _corners(path: Path, name: str, contour: Any, grid: Grid) -> ndarray:
         raise damaged(path, error) from None
     if len(points) < 3 or not np.isfinite(points).all():
         raise VolumeError(
-            f"{path}: structure {name} has a contour of {len(points)} points, expected three or "
-            f"more in mm; repair it or leave it out of data.dicom.structures"
+            f"{path}: structure {name} has a contour of {len(points)} points, but a contour needs "
+            f"three or more in mm; repair it, or leave it out of data.dicom.structures"
         )
     corners: ndarray = grid.index(points @ LPS_TO_RAS[:3, :3].T)
     middle = round(float(corners[:, 2].mean()))
     off = float(np.abs(corners[:, 2] - middle).max())
     if off > OFF_SLICE:
         raise VolumeError(
-            f"{path}: structure {name} has a contour {off:.2g} of a slice distance off the nearest "
-            f"slice; choose the series that it was drawn on, or resample the structure"
+            f"{path}: structure {name} has a contour between two slices, {off:.2g} of a slice "
+            "distance from the nearest one; choose the series on which it was drawn, or resample "
+            "the structure"
         )
     return corners
 

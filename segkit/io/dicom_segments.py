@@ -106,8 +106,8 @@ def _check_header(path: Path, header: Any) -> None:
         )
     if told == FRACTIONAL and not header.get("MaximumFractionalValue"):
         raise VolumeError(
-            f"{path}: expected a Maximum Fractional Value (a voxel of half of it and more is "
-            f"inside), found none; export the file again"
+            f"{path}: expected a Maximum Fractional Value, because voxels count as inside from "
+            "half of it, found none; export the file again"
         )
     each = header.get("PerFrameFunctionalGroupsSequence") or []
     if len(each) != (count := int(header.get("NumberOfFrames") or 1)):

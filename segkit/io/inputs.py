@@ -74,7 +74,7 @@ class Input:
 
     @property
     def folder(self) -> Path:
-        """Where results lie that go beside it: with its file, or beside its folder of DICOM."""
+        """The folder for results beside it: that of its file, or the parent of its DICOM folder."""
         if not self.is_series:
             return self.files[0].parent
         first = self.files[0].resolve()
@@ -278,7 +278,7 @@ def refuse_volumes_beside_series(folder: Path) -> None:
     if volumes := _scans_at(folder):
         raise VolumeError(
             f"{folder}: holds a DICOM series and {first_few([file.name for file in volumes], 3)}; "
-            f"pass the file that is meant, pass the UID of the series as --series, or move one away"
+            "pass one of these files, pass the UID of the series as --series, or move one away"
         )
 
 
@@ -306,7 +306,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise ConfigError(
-            f"--shard {text}: expected I/N with I from 1 to N, such as 2/8; give such a share"
+            f"--shard {text}: expected I/N with I from 1 to N, such as 2/8; correct it"
         )
     return int(found[1]), int(found[2])
 

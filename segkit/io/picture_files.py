@@ -55,8 +55,8 @@ def _spacing_in(file: Path) -> tuple[float, float, float | None] | None:
     )
     if not numbers or len(steps) not in (2, 3):
         raise VolumeError(
-            f"{file}: expected in spacing the distances of slices, rows and columns in mm, found "
-            f"{steps}; correct it"
+            f"{file}: expected spacing to hold the distances between slices, rows and columns in "
+            f"mm, found {steps}; correct it"
         )
     *across, rows, columns = map(float, steps)
     return columns, rows, across[0] if across else None

@@ -57,7 +57,7 @@ class PictureFacts:
     source: str
     """Source of the pixel size, as a phrase."""
     notes: tuple[str, ...] = ()
-    """Sentences about 'it', the file: what was left out, changed or turned."""
+    """Sentences about 'it', the file, on things that were left out, changed or turned."""
     orientation: int = 1
     """EXIF orientation of the file, 1 to 8, which results get too."""
     colours: Mapping[int, Rgb] = field(default_factory=dict)

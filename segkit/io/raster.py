@@ -60,7 +60,7 @@ class Raster:
 
     @property
     def image_notes(self) -> tuple[str, ...]:
-        """Sentences about 'it', the file: what is left out or changed in the image."""
+        """Sentences about 'it', the file, on things that are left out or changed in the image."""
         notes = []
         if self.palette is not None:
             kind = "grey" if self.num_channels == 1 else "red, green and blue"

@@ -51,9 +51,9 @@ class StructureRules:
             owners = claims if self.overlap else exact or claims
             if len(owners) > 1 and not self.overlap:
                 raise VolumeError(
-                    f"data.dicom.structures: the structure {own} would belong to {owners[0]} and "
-                    f"to {owners[1]}; give its whole name to one of them, or make a pattern "
-                    f"narrower"
+                    f"data.dicom.structures: the patterns of {owners[0]} and {owners[1]} both "
+                    f"match the structure {own}; make a pattern narrower, or give one of the two "
+                    "the whole name"
                 )
             for name in owners:
                 found[name].append(place)

@@ -133,7 +133,7 @@ def has_volume_suffix(path: Path) -> bool:
 
 
 def case_name_of(path: Path) -> str:
-    """What a case is called by a file of it: without its suffix, if it is that of a volume."""
+    """The name of a case from one of its files: without the suffix if it is that of a volume."""
     return stem_of(path) if has_volume_suffix(path) else path.name
 
 
@@ -211,8 +211,8 @@ def _placed_structures(path: Path, rules: PictureRules) -> tuple[StructureRules,
     structures = rules.structures
     if structures is None or path not in structures.images:
         raise VolumeError(
-            f"{path}: is a DICOM structure set or segmentation; say which structures are what, by "
-            f"data.dicom.structures of a dataset's YAML file, and name that file"
+            f"{path}: is a DICOM structure set or segmentation; name its structures with "
+            "data.dicom.structures in a dataset's YAML file, and pass that file"
         )
     return structures, read_grid(structures.images[path])
 

@@ -88,12 +88,12 @@ def parse_address(path: str | Path) -> HubAddress | ArchiveAddress | None:
     if url.startswith((f"{HUB_PAGE}/", f"{hub_server()}/")) and "resolve" not in parts:
         named = "/".join(parts[:2]) if len(parts) > 1 else "OWNER/NAME"
         raise ModelError(
-            f"{url}: is a page of a model hub, not an archive; name the model hf:{named}"
+            f"{url}: expected an archive, found a page of a model hub; write hf:{named} instead"
         )
     if wanted and (form := SUM_FORM.fullmatch(wanted)) is None:
         raise ModelError(
-            f"{text}: expected #sha256= and 64 hexadecimal digits behind the address, found "
-            f"#{wanted}; correct it or leave it out"
+            f"{text}: expected #sha256= and 64 hexadecimal digits after the address, found "
+            f"#{wanted}; correct this part or leave it out"
         )
     return ArchiveAddress(url, form[1].lower() if wanted and form else None)
 

@@ -60,7 +60,7 @@ def fetch_archive(
         if address.sha256 not in (None, found):
             raise ModelError(
                 f"{address}: expected the SHA-256 {address.sha256}, found {found}; try again, or "
-                f"ask the author which is right"
+                "ask the author for the right one"
             )
         _unpack(archive, folder / UNPACKED, str(address))
         archive.unlink()
@@ -96,8 +96,8 @@ def model_in(folder: Path, source: str) -> Path:
     found = [inside for inside in sorted(folder.iterdir()) if _holds_model(inside)]
     if len(found) != 1:
         raise ModelError(
-            f"{source}: expected a run or a model folder with {DESCRIPTION} in it, found "
-            f"{len(found) or 'none'}; pack one model"
+            f"{source}: expected one run or model folder with {DESCRIPTION} in it, found "
+            f"{len(found) or 'none'}; pack exactly one model"
         )
     return found[0]
 
@@ -114,8 +114,8 @@ def _unpack(archive: Path, folder: Path, source: str) -> None:
         with archive.open("rb") as file:
             page = file.read(1024).lstrip().startswith(b"<")
         raise ModelError(
-            f"{source}: expected a zip with a model, found {'a web page' if page else 'no archive'}"
-            f"; name the address of the file itself"
+            f"{source}: expected a zip with a model, found "
+            f"{'a web page' if page else 'no archive'}; use the address of the file itself"
         )
     try:
         unpack(archive, folder)

@@ -44,7 +44,7 @@ def build_network(description: ModelDescription) -> SegmentationNetwork:
 def check_windows(description: ModelDescription, patch_size: Sequence[int]) -> None:
     """Raise ConfigError if the features of a window need more memory than is free.
 
-    This counts only the features where the decoder joins the skip of the finest level, which every
+    This counts only the features at the join of decoder and finest skip, which every
     U-Net holds in memory.
     """
     if description.network.given is not None:
@@ -114,7 +114,7 @@ def _network(description: ModelDescription) -> SegmentationNetwork:
 
 
 def _convolutions(config: NetworkConfig) -> ConvolutionsFactory:
-    """What makes each level's convolutions."""
+    """The makers of each level's convolutions."""
     match config.block:
         case ConvolutionBlockConfig():
             return ConvolutionBlock
@@ -138,12 +138,12 @@ def wrap_network(description: ModelDescription, module: nn.Module) -> Segmentati
     if given is None:
         raise ModelError(
             f"{description.run}: is described as a U-Net, but a module was passed; set "
-            f"network.given.multiple to the numbers of which its input sizes must be multiples"
+            "network.given.multiple, so that input sizes become multiples of these numbers"
         )
     if description.first_stage is not None:
         raise ModelError(
             f"{description.run}: only a U-Net can use the labels of a first stage, found a Python "
-            f"module; describe it without a first stage"
+            "module; train it without a first stage"
         )
     network = ExternalNetwork(
         module, out_channels=len(description.labelling.outputs), multiple=given.multiple

@@ -39,8 +39,8 @@ def checkpoint_path(folder: Path, checkpoint: str) -> Path:
     path = folder.parent / f"{checkpoint}.ckpt"
     if not path.is_file():
         raise ModelError(
-            f"{folder.parent}: expected {path.name}, found none; name a run that has validated at "
-            f"least once, or do not ask for a checkpoint"
+            f"{folder.parent}: expected {path.name}, found none; choose a run that has validated "
+            "at least once, or leave out the checkpoint"
         )
     return path
 
@@ -58,7 +58,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{path}: cannot be read as a checkpoint: {reason}; use a checkpoint of segkit train"
+            f"{path}: cannot be read as a checkpoint: {reason}; use a checkpoint that segkit train "
+            "has written"
         ) from None
     return dict(content)
 

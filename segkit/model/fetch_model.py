@@ -22,7 +22,7 @@ MODELS = "models"
 
 @dataclass(frozen=True)
 class FetchedModel:
-    """A model in the cache, and what identifies it: a commit, or the SHA-256 of an archive."""
+    """A model in the cache, and its identity: a commit, or the SHA-256 of an archive."""
 
     folder: Path
     version: str
@@ -83,7 +83,7 @@ def copy_model(model: FetchedModel, folder: Path) -> None:
         ModelError: the folder exists already.
     """
     if folder.exists():
-        raise ModelError(f"{folder}: exists already; use it, or name another --out")
+        raise ModelError(f"{folder}: exists already; use it, or choose another --out")
     with whole_folder(folder) as partial:
         left_out = shutil.ignore_patterns(MANIFEST)
         shutil.copytree(model.folder, partial, ignore=left_out, dirs_exist_ok=True)

@@ -164,7 +164,8 @@ def load_model(
         if first_description.channels != description.channels:
             raise ModelError(
                 f"{inside}: expected the channels of {folder}, {', '.join(description.channels)}, "
-                f"found {', '.join(first_description.channels)}; train both with the same channels"
+                f"found {', '.join(first_description.channels)}; train both stages with the same "
+                "channels"
             )
         check_first_stage(inside, first_description, stage.classes if stage else ())
         first.append(_with_weights(inside, first_description, ()))
@@ -187,14 +188,14 @@ def check_first_stage(source: Path, first: ModelDescription, classes: Sequence[s
     """Raise ModelError unless a model has these classes and no first stage itself."""
     if first.first_stage is not None:
         raise ModelError(
-            f"{source}: uses the labels of a first stage itself, but segkit allows only two "
-            f"stages; name a model that takes only an image"
+            f"{source}: needs the labels of a first stage itself, but segkit allows only two "
+            "stages; choose a model that needs only an image"
         )
     own = list(first.labels)[1:]
     if own != list(classes):
         raise ModelError(
             f"{source}: expected the classes {', '.join(classes)}, found {', '.join(own)}; use "
-            f"models with the same labels in one first stage"
+            "first-stage models that all have the same labels"
         )
 
 
@@ -213,7 +214,9 @@ def load_description(folder: Path) -> ModelDescription:
             "; use a model that segkit train has written, or copy it again"
         ) from None
     except ConfigError as error:
-        raise ModelError(f"{error}; was it written by another version of segkit?") from None
+        raise ModelError(
+            f"{error}; use the version of segkit that wrote the model, or copy the model again"
+        ) from None
     if len(description.normalisation) != len(description.channels):
         raise ModelError(
             f"{source}: expected a normalisation for each of "

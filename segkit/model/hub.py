@@ -94,13 +94,13 @@ def _listed(address: HubAddress, revision: str) -> tuple[str, list[HubFile]]:
     if not any(PurePosixPath(file.path).name == DESCRIPTION for file in files):
         found = first_few(sorted(each.rfilename for each in listed), 4) or "no file"
         raise ModelError(
-            f"{address}: expected a model of segkit with {DESCRIPTION}, found {found}; name a "
-            f"repository that segkit push has written"
+            f"{address}: expected a segkit model with {DESCRIPTION}, found {found}; choose a "
+            "repository that segkit push has written"
         )
     if info.sha is None or not COMMIT.fullmatch(info.sha) or len(files) > MOST_FILES:
         raise ModelError(
             f"{address}: expected a commit and at most {MOST_FILES} files of a model, found "
-            f"{info.sha} and {len(files)}; name another repository"
+            f"{info.sha} and {len(files)}; choose another repository"
         )
     return info.sha, files
 
@@ -113,7 +113,7 @@ def _hub_file(listed: Any) -> HubFile:
 
 
 def _is_of_model(path: str) -> bool:
-    """Whether a path in a repository is that of a file of a model, at a place where one lies."""
+    """Whether a path in a repository is that of a model's file, in its usual place."""
     *above, name = path.split("/")
     known = re.compile(rf"model|first|\d+|{FOLD}\d+")
     return name in MODEL_FILES and all(known.fullmatch(part) for part in above)
@@ -150,7 +150,7 @@ def _check(address: HubAddress, file: HubFile, path: Path) -> None:
         wanted, found = file.blob or "a checksum", _blob(path)
     if found != wanted:
         raise ModelError(
-            f"{address}: {file.path} differs from the published one: expected {wanted}, found "
+            f"{address}: {file.path} differs from the published file: expected {wanted}, found "
             f"{found}; try again, and tell its author if it happens again"
         )
 
@@ -184,7 +184,7 @@ def hub_errors(address: HubAddress) -> Iterator[None]:
         yield
     except errors.GatedRepoError:
         raise ModelError(
-            f"{address}: is open only to those who accept its terms; accept them at "
+            f"{address}: requires you to accept its terms; accept them at "
             f"{server}/{address.repository}, then log in with: hf auth login"
         ) from None
     except errors.RepositoryNotFoundError:

@@ -32,8 +32,8 @@ class TakenOver:
     of: int
     """The number of weights that the network has."""
     channels: Mapping[str, str] = field(default_factory=dict)
-    """By channel of the image, where its kernels in the first layer come from; empty if the first
-    layer was copied as it is, or begins anew."""
+    """For each channel of the image, the origin of its kernels in the first layer; empty if the
+    first layer was copied as it is, or begins anew."""
     anew: tuple[str, ...] = ()
     """Names of the weights that begin anew."""
 
@@ -89,8 +89,8 @@ def start_from(
     folders = model_folders(path)
     if len(folders) > 1:
         raise ModelError(
-            f"{path}: expected one model, found those of {len(folders)} folds; name one, such as "
-            f"{folders[0].parent}"
+            f"{path}: expected one model, found the models of {len(folders)} folds; choose one, "
+            f"such as {folders[0].parent}"
         )
     model = load_model(path)
     given: dict[str, Tensor] = weights_of(model.network).state_dict()
@@ -100,8 +100,8 @@ def start_from(
     }
     if not any(CONVOLUTION.match(key) and value.ndim > 1 for key, value in fitting.items()):
         raise ModelError(
-            f"{path}: none of its weights fits the network; use the same network.spatial_dims, "
-            f"channels, strides and kernels for both"
+            f"{path}: none of its weights fits the network; give the network the same "
+            "network.spatial_dims, channels, strides and kernels"
         )
     copied = len(fitting)
     first, sources = _first_layer(model, own, channels, other_channels)
@@ -121,7 +121,7 @@ def fitted_kernels(
     channels: Sequence[str],
     other_channels: OtherChannels,
 ) -> tuple[Tensor, dict[str, str]]:
-    """Kernels of a first layer for the channels of another image, and where each comes from.
+    """Kernels of a first layer for the channels of another image, and the origin of each.
 
     A channel that both have by name keeps its kernels. If none is of the same name and both have as
     many, the first takes those of the first, and so on. Each other channel takes the `mean` of all,
@@ -163,7 +163,7 @@ def _first_layer(
     channels: Sequence[str] | None,
     other_channels: OtherChannels,
 ) -> tuple[Tensor | None, dict[str, str]]:
-    """Kernels of the first layer and where they come from; None if it is copied or begins anew."""
+    """Kernels of the first layer and their origin; None if it is copied or begins anew."""
     theirs = model.description.channels
     given = weights_of(model.network).state_dict().get(FIRST_LAYER)
     kernels = own.get(FIRST_LAYER)

@@ -33,13 +33,13 @@ class AttentionShare:
     """
 
     parameters: int
-    """Of the whole network."""
+    """Number of parameters of the whole network."""
     parameters_outside: int
-    """Of what is not in an attention block."""
+    """Number of parameters outside attention blocks."""
     multiply_adds: float
-    """Of one forward pass."""
+    """Multiply-adds of one forward pass."""
     multiply_adds_outside: float
-    """… with every attention block replaced by the identity."""
+    """The same with every attention block replaced by the identity."""
 
     @property
     def parameters_share_outside(self) -> float:
@@ -121,7 +121,7 @@ def _own_blocks(network: nn.Module) -> dict[str, str]:
 
 
 def _prefix(network: nn.Module) -> str:
-    """What the names of the modules of the user's own network begin with in `network`."""
+    """The prefix in `network` of the module names of the user's own network."""
     if not isinstance(network, SegmentationNetwork):
         return ""
     own = weights_of(network)
@@ -151,7 +151,7 @@ def _named(position: str, path: str, module: nn.Module) -> Iterator[tuple[str, s
 
 @contextmanager
 def as_identity(network: nn.Module, blocks: Collection[str]) -> Iterator[None]:
-    """Within it, blocks of a network are the identity; afterwards the network is what it was.
+    """Inside the block, these blocks of a network are the identity; then the network is restored.
 
     Args:
         network: segkit's or any other.
@@ -193,8 +193,8 @@ def _place(network: nn.Module, block: str) -> tuple[nn.Module, str]:
     parent, _, child = path.rpartition(".")
     if isinstance(modules[path], nn.MultiheadAttention):
         raise ValueError(
-            f"{block} is an nn.MultiheadAttention, whose output is added to features; name the "
-            f"block around it ({parent or 'it has none'})"
+            f"{block} is an nn.MultiheadAttention, whose output is added to features; choose the "
+            f"block that contains it ({parent or 'there is none'})"
         )
     return network.get_submodule(parent), child
 
@@ -208,7 +208,7 @@ def attention_share(
 
     Args:
         network: segkit's or any other; it runs a few times and stays as it is.
-        image: what it is counted with.
+        image: the image to count with.
         blocks: as for `as_identity`; all of `attention_blocks` if None.
 
     Raises:

@@ -27,7 +27,7 @@ FUSED_ATTENTION = "scaled_dot_product_attention"
 
 @dataclass(frozen=True)
 class Followed:
-    """Where the cells of a tensor lie."""
+    """Positions of the cells of a tensor."""
 
     placement: Placement
     cells: tuple[int, ...]
@@ -69,7 +69,7 @@ class Follower(TorchFunctionMode):
         self._keep(image, Followed(Placement.identity(len(space)), space, axes, 0))
 
     def of(self, tensor: object) -> Followed | None:
-        """Where a tensor's cells lie; None if that is not known."""
+        """Positions of a tensor's cells; None if they are not known."""
         if not isinstance(tensor, Tensor):
             return None
         reference, followed = self.found.get(id(tensor), (None, None))
@@ -120,7 +120,7 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
 def _kept(
     known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
 ) -> Followed | None:
-    """Of a call that keeps cells where they are: that of the operand with the fewest layers."""
+    """Placement after a call that keeps cells in place: that of the operand with fewest layers."""
     fitting = [one for one, _ in known if one.fits(result)]
     if not fitting:
         return None
@@ -290,7 +290,7 @@ def _exchanged(
 def _reshaped(
     known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
 ) -> Followed | None:
-    """Of a reshape: the cells are found again as one axis, or as the axes of their grid."""
+    """Placement after a reshape: cells are found as one axis, or as the axes of their grid."""
     one, tensor = known[0]
     if one.axes != tuple(range(one.axes[0], one.axes[0] + len(one.axes))):
         return None  # cells that do not lie beside one another are put in another order

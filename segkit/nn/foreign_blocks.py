@@ -40,7 +40,7 @@ class Call:
     """The shapes of one call of a module."""
 
     features: tuple[int, ...] | None
-    """Of the argument that the identity would give back; None if it is not a tensor."""
+    """Shape of the argument that the identity would give back; None if it is not a tensor."""
     output: tuple[int, ...] | None
     """None if it is not a tensor."""
 

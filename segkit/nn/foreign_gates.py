@@ -154,18 +154,18 @@ class GatedConcatenation:
 
 @dataclass(frozen=True)
 class FoundJoin:
-    """Where a skip joins the decoder."""
+    """A join: the module in which a skip joins the decoder."""
 
     module: str
     form: Literal["arguments", "connection", "concatenation"]
     skip_channels: int
     signal_channels: int
     cells: tuple[int, ...]
-    """Of the skip."""
+    """Number of cells of the skip along each axis."""
     coarse: tuple[int, ...]
-    """Cells of the signal."""
+    """Number of cells of the signal along each axis."""
     placement: Placement | None
-    """Of the skip; None if it could not be followed."""
+    """Placement of the skip; None if it could not be followed."""
     arguments: GatedArgument | None = None
     before: str = ""
     """The transposed convolution, of a concatenation."""
@@ -213,15 +213,15 @@ def gate(
     names = [join.module for join in joins]
     if not joins:
         raise ModelError(
-            f"{type(network).__name__}: found no module in which a skip joins the decoder; such a "
-            f"module is called with coarse features and a skip, or is MONAI's SkipConnection (by "
-            f"concatenation), or its decoder has the lists transpconvs and stages, as nnU-Net's"
+            f"{type(network).__name__}: found no skip connection to gate; expected a module that "
+            "is called with coarse features and a skip, MONAI's SkipConnection (by "
+            "concatenation), or a decoder with the lists transpconvs and stages, as in nnU-Net"
         )
     wanted = names[1:] or names if skips is None else list(skips)
     if unknown := sorted(set(wanted) - set(names)):
         raise ModelError(
-            f"skips: expected names of modules in which skips join ({', '.join(names)}), found "
-            f"{', '.join(unknown)}"
+            f"skips: expected names of skip connections ({', '.join(names)}), found "
+            f"{', '.join(unknown)}; correct the names"
         )
     gated: dict[str, str] = {}
     made = []
@@ -359,18 +359,21 @@ def _made(
 ) -> OpenGate:
     """The gate of a join, with its tap placed."""
     if hasattr(network.get_submodule(join.module), GATE):
-        raise ModelError(f"{join.module}: has a gate of segkit already; gate a network once")
+        raise ModelError(
+            f"{join.module}: has a segkit gate already; add gates to a network only once"
+        )
     if any(fine % coarse for fine, coarse in zip(join.cells, join.coarse, strict=True)):
         raise ModelError(
-            f"{join.module}: the skip's {join.cells} cells are no multiple of the {join.coarse} "
-            f"below; give an image whose size is a multiple of the network's strides"
+            f"{join.module}: the skip has {join.cells} cells, which is not a multiple of the "
+            f"{join.coarse} cells of the level below; give an image whose size is a multiple of "
+            "the network's strides"
         )
     placement = placements.get(join.module, join.placement)
     if placement is None:
         raise ModelError(
-            f"{join.module}: cannot follow from the input where the features of this skip lie; "
+            f"{join.module}: the position of this skip's features in the input cannot be found; "
             f"leave it out of skips, or give placements={{{join.module!r}: "
-            f"segkit.Placement(stride, offset)}} in voxels of the input"
+            "segkit.Placement(stride, offset)} in voxels of the input"
         )
     stride = [fine // coarse for fine, coarse in zip(join.cells, join.coarse, strict=True)]
     made = OpenGate(

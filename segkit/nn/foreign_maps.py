@@ -48,7 +48,7 @@ class TappedVector:
 
 @dataclass(frozen=True)
 class TappedKeys:
-    """After a call of a softmax over keys: the tap records what each key receives."""
+    """After a call of a softmax over keys: the tap records how much each key receives."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         tap = getattr(module, TAP)
@@ -86,19 +86,19 @@ class ForeignTap(MapTap):
         if num_keys != placed:
             assert self.info is not None
             raise ModelError(
-                f"{self.info.key}: was placed for {placed} keys, found {num_keys}; record it "
-                f"with an image of the size of the network's windows"
+                f"{self.info.key}: has positions for {placed} keys, found {num_keys} keys; record "
+                "it with an image of the size of the network's windows"
             )
         return self.shares
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One run of a module: the shape of its map, and where the cells lie."""
+    """One run of a module: the shape of its map, and the positions of its cells."""
 
     shape: tuple[int, ...]
     followed: Followed | None
-    """Of the output, or of the keys of multi-head attention."""
+    """Positions of the cells of the output, or of the keys of multi-head attention."""
 
 
 def record(
@@ -142,8 +142,8 @@ def record(
     known = dict(network.named_modules())
     if missing := [name for name in modules if name not in known]:
         raise ModelError(
-            f"expected names of modules, found {', '.join(missing)}; "
-            f"print(dict(network.named_modules())) shows them"
+            f"expected names of modules, found {', '.join(missing)}; choose from the names that "
+            "print(dict(network.named_modules())) shows"
         )
     seen: dict[str, list[Seen]] = {}
     around: dict[str, list[Followed]] = {}
@@ -189,10 +189,10 @@ def _check(name: str, module: nn.Module, seen: Sequence[Seen], fused: set[str]) 
             )
         raise ModelError(
             f"{name}: expected an nn.Softmax, an nn.Sigmoid or an nn.MultiheadAttention, found a "
-            f"{kind}; name such a module"
+            f"{kind}; choose such a module"
         )
     if hasattr(module, TAP):
-        raise ModelError(f"{name}: is recorded already; name each module once")
+        raise ModelError(f"{name}: is recorded already; list each module only once")
     if not seen:
         parent = name.rpartition(".")[0]
         why = (
@@ -204,8 +204,8 @@ def _check(name: str, module: nn.Module, seen: Sequence[Seen], fused: set[str]) 
         raise ModelError(f"{name}: this {kind} is not called when the network runs; {why}")
     if len(seen) > 1:
         raise ModelError(
-            f"{name}: this {kind} is called {len(seen)} times in a run, so its maps would be mixed "
-            f"up; give each call a module of its own"
+            f"{name}: this {kind} is called {len(seen)} times in one run, so its maps cannot be "
+            "told apart; use a separate module for each call"
         )
 
 
@@ -229,16 +229,16 @@ def _made(
         if len(shape) != 4 or shape[0] != image.shape[0]:
             raise ModelError(
                 f"{name}: expected attention of shape (batch, heads, queries, keys) with a batch "
-                f"of {image.shape[0]}, found {shape}; attention within windows, or of heads that "
-                f"are counted with the batch, has no place in the image that could be followed"
+                f"of {image.shape[0]}, found {shape}; choose another module, because attention in "
+                "windows, or with its heads in the batch axis, has no known position in the image"
             )
         keys = _keys(name, shape[-1], seen, around)
         placement = placements.get(name, keys.placement if keys is not None else None)
         if keys is None or placement is None:
             raise ModelError(
-                f"{name}: its {shape[-1]} keys are not the cells of any features whose place could "
-                f"be followed from the input; attention in windows, and extra tokens such as a "
-                f"class token, cannot be placed"
+                f"{name}: the positions of its {shape[-1]} keys in the input cannot be found; "
+                "choose another module, because attention in windows, or with extra tokens such "
+                "as a class token, has no known position in the image"
             )
         tap = ForeignTap("received", shares=keys.cells, highest=math.inf)
         tap.place(name, _level(placement), placement)
@@ -256,9 +256,9 @@ def _made(
         placement = seen.followed.placement if channels_first else None
     if placement is None or len(shape) != space + 2:
         raise ModelError(
-            f"{name}: cannot follow from the input where the cells of its output {shape} lie; give "
-            f"placements={{{name!r}: segkit.Placement(stride, offset)}} in voxels of the input, if "
-            f"the output is (batch, channel, *cells)"
+            f"{name}: the positions of its output's cells {shape} in the input cannot be found; if "
+            f"the output is (batch, channel, *cells), give placements={{{name!r}: "
+            "segkit.Placement(stride, offset)} in voxels of the input"
         )
     tap = ForeignTap("spatial")
     tap.place(name, _level(placement), placement)
@@ -282,7 +282,7 @@ def _level(placement: Placement) -> int:
 
 
 def _received(weights: Float[Tensor, "batch heads queries keys"], cells: tuple[int, ...]) -> Tensor:
-    """What each key receives from all queries, over an equal share: (batch, heads, *cells)."""
+    """How much each key receives from all queries, over an equal share: (batch, heads, *cells)."""
     received = weights.detach().float().mean(dim=2) * weights.shape[-1]
     return received.reshape(*received.shape[:2], *cells)
 

@@ -1,4 +1,4 @@
-"""Large-kernel attention, f(x): each voxel weighed by what lies up to ten voxels away."""
+"""Large-kernel attention, f(x): each voxel weighed by voxels up to ten voxels away."""
 
 import math
 
@@ -63,7 +63,7 @@ class LargeKernelAttention(nn.Module):
         self.tap = MapTap("spatial", highest=math.inf, magnitude=True)
 
     def forward(self, features: Features) -> Features:
-        """The features with what their surroundings let through."""
+        """The features times the gate that their surroundings give."""
         gated = F.gelu(self.project(self.norm(features)))
         attention = self.tap(self.mix(self.distant(self.local(gated))))
         added = self.scale(self.out(attention * gated))

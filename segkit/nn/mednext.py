@@ -29,7 +29,7 @@ class ResponseNormalisation(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, features: Features) -> Features:
-        """The features, strong channels made stronger where the weights are above 0."""
+        """The features; strong channels become stronger if their weights are above 0."""
         ones = [1] * (features.ndim - 2)
         # A norm over very many voxels is too large for half precision.
         strength = torch.linalg.vector_norm(features.flatten(2).float(), dim=2)
@@ -79,7 +79,7 @@ class MedNeXtBlock(nn.Module):
     def forward(
         self, features: Float[Tensor, "batch in_channel *space"]
     ) -> Float[Tensor, "batch out_channel *strided"]:
-        """The features with what the block adds."""
+        """The features plus the output of the block."""
         expanded = self.activation(self.expand(self.norm(self.depthwise(features))))
         output: Tensor = self.shortcut(features) + self.compress(self.response(expanded))
         return output

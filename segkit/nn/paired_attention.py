@@ -14,7 +14,7 @@ from segkit.nn.transformer import LayerScale
 
 
 class PairedAttention(nn.Module):
-    """Features plus what attention over voxels and attention over channels take from them.
+    """Features plus the outputs of attention over voxels and attention over channels.
 
         t       = norm x + p                          tokens, with learned positions
         Q, K    = W_Q t, W_K t                        shared by both
@@ -31,8 +31,8 @@ class PairedAttention(nn.Module):
     E has a weight for each voxel of a grid of one size. On another grid attention is paid within
     windows of that size, the last ones filled up with zeros.
 
-    The map is what each channel receives of its head's channels: 1 is a fair share. Attention over
-    voxels has none, for no voxel has a weight of its own.
+    The map is how much each channel receives from its head's channels: 1 is an equal share.
+    Attention over voxels has no map, because no voxel has a weight of its own.
 
     Args:
         channels: of the features, even and a multiple of `heads`.
@@ -69,7 +69,7 @@ class PairedAttention(nn.Module):
         self.matrix = MapTap("channel", highest=math.inf)
 
     def forward(self, features: Features) -> Features:
-        """The features with what both attentions take from them."""
+        """The features plus the outputs of both attentions."""
         batch_size, space = features.shape[0], features.shape[2:]
         windows = windows_over(space, self.grid)
         placed = self.norm(features.movedim(1, features.ndim - 1))
@@ -84,7 +84,7 @@ class PairedAttention(nn.Module):
         return features + added.to(features.dtype)
 
     def _taken(self, tokens: Tensor, batch_size: int) -> Tensor:
-        """What the tokens take, of windows (windows, cells, channels)."""
+        """The output of attention for the tokens of windows (windows, cells, channels)."""
         channels = tokens.shape[2]
         split = (*tokens.shape[:2], 4, self.heads, channels // self.heads)
         # Each (windows, heads, channels of a head, cells).
@@ -107,7 +107,7 @@ class PairedAttention(nn.Module):
         return torch.cat(halves, dim=2)
 
     def _record(self, over_channels: Tensor, batch_size: int) -> None:
-        """What each channel receives, the mean over a sample's windows."""
+        """How much each channel receives, as the mean over a sample's windows."""
         received = over_channels.sum(dim=2).reshape(batch_size, -1, self.positions.shape[2])
         ones = [1] * len(self.grid)
         self.matrix.record(received.mean(dim=1).view(batch_size, -1, *ones))

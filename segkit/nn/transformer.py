@@ -12,9 +12,9 @@ from segkit.nn.map_tap import Stage
 from segkit.nn.self_attention import SelfAttention
 
 ROTARY_BASE_OF_TOKENS = 10_000.0
-"""Of the angles, as Primus has it."""
+"""Base of the angles, as in Primus."""
 WEIGHT_DEVIATION = 0.02
-"""Of a transformer's first weights."""
+"""Standard deviation of a transformer's first weights."""
 
 
 class LayerScale(nn.Module):
@@ -68,7 +68,7 @@ class GatedPerceptron(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "batch *cells channel"]
     ) -> Float[Tensor, "batch *cells channel"]:
-        """What is added to each token."""
+        """The vector that is added to each token."""
         added: Tensor = self.out(self.norm(F.silu(self.gate(tokens)) * self.value(tokens)))
         return added
 

@@ -244,7 +244,7 @@ def _read(path: Path, case: CaseFiles, num_channels: int) -> Measurement:
         found = None
     if found is None or found.size.name != case.name or len(found.samples) != num_channels:
         raise DatasetError(
-            f"{path}: expected the measurement of {case.name}, found something else; delete the "
-            f"file to have the case measured again"
+            f"{path}: cannot be read as the stored measurement of {case.name}; delete the file to "
+            "measure the case again"
         )
     return found

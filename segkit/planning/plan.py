@@ -168,8 +168,8 @@ def flat_axes(numbers: Numbers) -> list[int]:
     if len(flat) > 1:
         axes = " and ".join("xyz"[axis] for axis in flat)
         raise DatasetError(
-            f"expected slices or volumes, found cases of one voxel along {axes}, which no network "
-            f"here can segment; use images of two or three dimensions"
+            f"expected slices or volumes, found cases of one voxel along {axes}, which segkit "
+            "cannot segment; use images of two or three dimensions"
         )
     return flat
 

@@ -21,7 +21,7 @@ def tracked(items: Iterable[Item], what: str, count: int) -> Iterable[Item]:
 
     Args:
         items: files or other steps of listing.
-        what: the work in words.
+        what: name of the work.
         count: number of items.
     """
     return _DISPLAY.get()(items, what, count)

@@ -1,4 +1,4 @@
-"""Hide what a part of a program logs below an error, for a while."""
+"""Hide log messages below errors from a part of a program, for a while."""
 
 import logging
 from collections.abc import Iterator

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self, TextIO, TypeAlias, TypeVar
@@ -41,8 +42,19 @@ def bars(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not is_live(console),
     )
+
+
+def is_live(console: Console) -> bool:
+    """Whether a console can redraw a line.
+
+    The variable FORCE_COLOR, which notebooks set for all processes that they start, makes Rich
+    treat any output as a terminal. A file or a pipe then gets colours, but no progress bars: each
+    step of a bar would be a line of its own.
+    """
+    forced = bool(os.environ.get("FORCE_COLOR")) and not console.is_jupyter
+    return console.is_terminal and not (forced and not console.file.isatty())
 
 
 class Tracker:
@@ -60,7 +72,7 @@ class Tracker:
             for number, item in enumerate(items, start=1):
                 yield item
                 display.advance(task)
-                if not self.console.is_terminal:
+                if not is_live(self.console):
                     now = time.monotonic()
                     first = min(first, now)
                     if now - last > SECONDS_BETWEEN_LINES:
@@ -79,10 +91,10 @@ def _time_left(started: float, first: float, now: float, number: int, count: int
     if now - first < first - started or number < 2:
         return ""
     left = (now - first) / (number - 1) * max(count - number, 0)
-    return f", {_in_minutes(left)} left"
+    return f", {in_minutes(left)} left"
 
 
-def _in_minutes(seconds: float) -> str:
+def in_minutes(seconds: float) -> str:
     """A duration as text, such as "about 3 min"; in seconds below one minute."""
     return f"about {seconds / 60:.0f} min" if seconds >= 60 else f"about {seconds:.0f} s"
 
@@ -94,7 +106,7 @@ class CohortProgress:
     each volume, even if it failed.
 
     Args:
-        console: where bars or lines for people are shown.
+        console: the console for bars or lines for people.
         what: the name of the work.
         count: the number of volumes.
         reports: where reports for programs are written: one JSON object per line, with `progress`
@@ -145,12 +157,11 @@ class CohortProgress:
         now = time.monotonic()
         self._report(now)
         left = self._seconds_left(now)
-        if self.console.is_terminal or left is None or now - self.last <= SECONDS_BETWEEN_LINES:
+        if is_live(self.console) or left is None or now - self.last <= SECONDS_BETWEEN_LINES:
             return
         self.last = now
         self.console.print(
-            f"{self.what}: {share:.1f} of {counted(self.count, 'volume')}, about {left / 60:.0f} "
-            f"min left",
+            f"{self.what}: {share:.1f} of {counted(self.count, 'volume')}, {in_minutes(left)} left",
             highlight=False,
         )
 

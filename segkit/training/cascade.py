@@ -57,8 +57,9 @@ def first_models(paths: Sequence[Path], dataset: Dataset) -> tuple[FirstModel, .
         description = load_description(folder)
         if tuple(description.channels) != dataset.channels:
             raise ModelError(
-                f"{folder}: the model takes the channels {', '.join(description.channels)}, but "
-                f"{dataset.folder} has {', '.join(dataset.channels)}; name one of these"
+                f"{folder}: expected a first stage with the channels of {dataset.folder}, "
+                f"{', '.join(dataset.channels)}, found {', '.join(description.channels)}; choose a "
+                "model with these channels"
             )
         labels = found[0].model.description.labels if found else description.labels
         check_first_stage(folder, description, list(labels)[1:])
@@ -117,7 +118,7 @@ def label_cases(
         dataset: the dataset of these cases.
         models: the models of the first stage.
         cache: the folder in which the files are written.
-        device: where the models run.
+        device: the device that runs the models.
         segmenter: makes a function that labels a volume, from a model and a device.
         track: shows the progress over cases.
 

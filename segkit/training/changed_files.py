@@ -48,8 +48,8 @@ def warn_of_changed_files(source: Path, before: Mapping[str, object], now: FileS
     changed = [name for name in now if name in before and before[name] != now[name]]
     if changed:
         logger.warning(
-            "%s: the files of %d of %d cases changed since the run's last checkpoint (%s); it goes "
-            "on with the new files, but the weights also learned from the old ones",
+            "%s: the files of %d of %d cases changed since the run's last checkpoint (%s); the "
+            "run continues with the new files, but was also trained on the old ones",
             source,
             len(changed),
             len(now),

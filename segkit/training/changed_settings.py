@@ -170,9 +170,8 @@ def check_changes(source: str, found: Iterable[Change], steps_done: int) -> None
             )
         if key == "train.steps" and after <= steps_done:
             raise ConfigError(
-                f"{source}: train.steps is {after}, but the run has done "
-                f"{counted(steps_done, 'step')}; "
-                "set it higher"
+                f"{source}: train.steps is {after}, but the run has already done "
+                f"{counted(steps_done, 'step')}; set it higher"
             )
 
 
@@ -206,7 +205,7 @@ def split_is_edited(run: Path, config: Config) -> bool:
 
 
 def check_same_classes(run: Path, begun: ModelDescription, now: ModelDescription) -> None:
-    """Check that labels and channels still mean what the weights of a run were trained with.
+    """Check that labels and channels are still those that a run's weights were trained with.
 
     Args:
         run: the run's folder.

@@ -79,11 +79,11 @@ class CompiledStep:
             self.active = left >= WORTH_IT
             self.deciding, self.calls = self.active, 1
             if not self.active:
-                logger.info("not compiled: %.0f s of training are left, too few to gain", left)
+                logger.info("not compiled, because only %.0f s of training are left", left)
             return
         self.deciding, self.active = False, taken < GAIN * self.plain
         logger.info(
-            "a batch takes %.3g ms compiled and %.3g ms as usual; %s",
+            "a batch takes %.3g ms compiled and %.3g ms uncompiled; %s",
             1000 * taken,
             1000 * self.plain,
             "it stays compiled" if self.active else "it is no longer compiled",
@@ -101,6 +101,6 @@ class CompiledStep:
             self.active = self.deciding = False
             reason = " ".join(str(error).split())[:200]
             logger.warning(
-                "torch.compile cannot compile this step, so it runs as usual: %s", reason
+                "torch.compile cannot compile this step, so it runs uncompiled: %s", reason
             )
             return self.compute(image, label)

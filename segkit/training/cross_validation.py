@@ -54,7 +54,7 @@ from segkit.training.split import nth_of
 logger = logging.getLogger(__name__)
 
 SECONDS_FOR_ANOTHER = 60.0
-"""To wait for a process that writes what all folds share."""
+"""Seconds to wait for a process that writes the shared files of all folds."""
 
 DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
 """Dice by case, then by class; None if a class is in neither prediction nor reference."""
@@ -62,7 +62,7 @@ DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """A cross-validation, with a run for each fold, and what all folds say together.
+    """A cross-validation, with a run for each fold and the results over all folds.
 
     Example:
         result = segkit.cross_validate(segkit.load_config("my_dataset.yaml"), [0, 1])
@@ -132,8 +132,8 @@ def cross_validate(
     refuse_replaced(config)
     if config.data.fold is not None:
         raise ConfigError(
-            f"data.fold is {config.data.fold}, but --folds names the folds to train; give only one "
-            f"of the two"
+            f"data.fold is {config.data.fold}, but --folds also chooses the folds to train; give "
+            "only one of the two"
         )
     _check_one_process(config)
     dataset = dataset_of(config.data)
@@ -209,7 +209,7 @@ def resume_folds(
     record = record.model_copy(update={"folds": sorted({*record.folds, *folds})})
     if (folder / SUMMARY).is_file() and not _missing(folder, record):
         raise ConfigError(
-            f"{folder}: the cross-validation is finished already; name more --folds, set more "
+            f"{folder}: the cross-validation is finished already; add folds with --folds, set more "
             f"train.steps, or read its {SUMMARY}"
         )
     with advice_on_stop(_how_to_go_on(folder)):
@@ -294,7 +294,7 @@ def _go_on(
 
 
 def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
-    """Pool the finished folds of a folder; its models adopt what all of them favour."""
+    """Pool the finished folds of a folder; its models adopt the choices that all of them favour."""
     summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in folds}
     models = [_fold(folder, fold) / "model" for fold in folds]
     summary = pool_folds(folder.name, summaries)
@@ -310,7 +310,7 @@ def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
 
 
 def _record_of(folder: Path) -> Record:
-    """What a cross-validation goes on by. Raises ConfigError if it cannot be read."""
+    """The record that a cross-validation continues from. Raises ConfigError if it is unreadable."""
     return validated(Record, _read(folder / FOLDS), str(folder / FOLDS))
 
 
@@ -330,8 +330,8 @@ def _as_begun(folder: Path, record: Record) -> Dataset | None:
     here = {case.name for case in dataset.cases}
     if gone := sorted(known - here):
         raise ConfigError(
-            f"{folder}: its folds were drawn with {case_names(gone)}, which {dataset.folder} no "
-            f"longer contains; put the cases back, or start a new cross-validation"
+            f"{folder}: its folds contain {case_names(gone)}, but {dataset.folder} no longer does; "
+            "put the cases back, or start a new cross-validation"
         )
     if here - known:
         logger.warning(

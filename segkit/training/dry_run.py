@@ -71,7 +71,7 @@ class DryRun:
     """Estimated time of a held-out case in a validation, in seconds; 0 if none is held out."""
     loss: float
     notes: tuple[str, ...] = ()
-    """Of weights that are another model's, and of those that are frozen."""
+    """Sentences on weights that come from another model, and on frozen weights."""
 
     @property
     def fitting(self) -> int | None:

@@ -460,7 +460,7 @@ def _check_replaced_alike(folder: Path, config: Config, parts: TrainingParts) ->
         names = [", ".join(part) or "none" for part in (config.replaced, parts.replaced)]
         raise ConfigError(
             f"{folder}: expected the parts that the run replaced ({names[0]}), found {names[1]}; "
-            f"replace the same ones"
+            "replace the same parts"
         )
 
 
@@ -718,7 +718,7 @@ def _scores(
     temperature = voxels.fit() if voxels is not None else None
     if temperature is None and voxels is not None:
         logger.warning(
-            "train.calibrate: no held-out case is labelled whole; no temperature is kept"
+            "train.calibrate: no held-out case is completely labelled, so no temperature is stored"
         )
     if temperature is not None and temperature.at_limit:
         logger.warning("train.calibrate: %s", temperature.told)

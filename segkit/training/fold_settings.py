@@ -92,8 +92,8 @@ def check_alike(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> None
             key, before, after = change
             if not may_differ(change):
                 raise ConfigError(
-                    f"{runs[fold]}: {key} is {after}, and {before} in {runs[first]}; folds of one "
-                    f"cross-validation share their settings"
+                    f"{runs[fold]}: expected the {key} of {runs[first]}, {before}, found {after}; "
+                    f"give folds that were trained with the same settings"
                 )
             told.setdefault(key, change)
     _warn(runs[first].parent, told)

@@ -166,18 +166,18 @@ def _checked(dataset: Dataset, folds: Sequence[FoldConfig], source: str) -> Fold
         if both:
             raise DatasetError(
                 f"{source}: fold {number} has {first_few(both, NAMES_SHOWN)} in both train and "
-                f"val; name each case in one of them"
+                "val; list each case in only one of them"
             )
         given = {*fold.train, *fold.val}
         if kept := sorted(given & set(dataset.test)):
             raise DatasetError(
-                f"{source}: fold {number} names {first_few(kept, NAMES_SHOWN)}, kept for the test "
-                f"by data.test; remove them from one of the two"
+                f"{source}: fold {number} contains {first_few(kept, NAMES_SHOWN)}, but data.test "
+                "keeps them for the test; remove them from one of the two"
             )
         if unknown := sorted(given - names):
             raise DatasetError(
-                f"{source}: fold {number} names {first_few(unknown, NAMES_SHOWN)}, unknown in "
-                f"{dataset.folder}; use its names, such as {first_few(sorted(names), 3)}"
+                f"{source}: fold {number} contains {first_few(unknown, NAMES_SHOWN)}, which is not "
+                f"in {dataset.folder}; use its names, such as {first_few(sorted(names), 3)}"
             )
     return Folds(
         tuple(tuple(sorted(set(fold.train))) for fold in folds),
@@ -203,9 +203,8 @@ def _of_column(dataset: Dataset, data: SplitDatasetConfig, column: str) -> Folds
         else:
             hint = "; name test cases in data.test" if value.lower() in YES_WORDS else ""
             raise DatasetError(
-                f"{source}: expected the number of the fold that holds {name} out, val, train or "
-                f"nothing, found {value!r}{hint}"
-                "; correct the table"
+                f"{source}: expected for {name} the number of the fold that holds it out, 'val', "
+                f"'train' or an empty cell, found {value!r}{hint}; correct the table"
             )
     present = sorted(set(numbers.values()))
     if not present or present[0] not in (0, 1):

@@ -10,7 +10,7 @@ from torch import nn
 from segkit.errors import ConfigError, first_few
 
 NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-"""Layers that keep means of what they have seen, which stay as they are with their weights."""
+"""Layers that keep means of their inputs; if their weights are frozen, these stay fixed too."""
 
 
 class Freezing:
@@ -35,9 +35,9 @@ class Freezing:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ConfigError(
-                    f"train.freeze: {pattern!r} fits the name of no weight; they are such as "
-                    f"{first_few(names[:: max(len(names) // 4, 1)], 4)}; give a pattern such as "
-                    f"'encoder.*'"
+                    f"train.freeze: {pattern!r} matches no weight of the network, which has "
+                    f"weights such as {first_few(names[:: max(len(names) // 4, 1)], 4)}; give a "
+                    "pattern such as 'encoder.*'"
                 )
         self.until: dict[str, float] = {}
         for pattern, step in patterns.items():
@@ -45,8 +45,8 @@ class Freezing:
             self.until |= dict.fromkeys(fitting, math.inf if step is None else step)
         if names and len(self.until) == len(names):
             raise ConfigError(
-                f"train.freeze: {', '.join(map(repr, patterns))} fits all weights, and none is "
-                f"left to train; leave out those of the heads"
+                f"train.freeze: {', '.join(map(repr, patterns))} matches all weights, so no weight "
+                "is left to train; leave out the weights of the heads"
             )
         self.normalisations = [
             layer

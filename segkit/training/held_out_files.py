@@ -35,7 +35,7 @@ class HeldOutFiles:
         return OnDisk(self.folder) if self.probabilities else in_memory
 
     def write(self, case: CaseFiles, prediction: Prediction) -> None:
-        """Write what is kept of a case."""
+        """Write the results that are kept of a case."""
         suffix = result_suffix(case.images[0])
         if not suffix.lower().endswith((*WRITTEN_SUFFIXES, *WRITTEN_PICTURES)):
             suffix = ".nii.gz"

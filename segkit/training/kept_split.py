@@ -62,8 +62,8 @@ def check_not_moved(path: Path, now: SplitNames, begun: SplitNames) -> None:
     ):
         if moved := sorted(set(now[part]) & set(begun[other])):
             raise ConfigError(
-                f"{path}: {part} has {case_names(moved)}, which the run has {done} so far; move it "
-                f"back, or start a new run"
+                f"{path}: {part} now has {case_names(moved)}, which the run has {done} until now; "
+                "move it back, or start a new run"
             )
 
 
@@ -88,9 +88,8 @@ def kept_split(dataset: Dataset, names: SplitNames, source: Path) -> Split:
         gone = [name for name in names[part] if name not in here]
         if gone and len(gone) == len(names[part]):
             raise DatasetError(
-                f"{dataset.folder}: none of the {counted(len(gone), f'{kind} case')} of {source} "
-                f"is there; "
-                f"check data.folder, or start a new run"
+                f"{dataset.folder}: contains none of the {counted(len(gone), f'{kind} case')} of "
+                f"{source}; check data.folder, or start a new run"
             )
         if gone:
             logger.warning(

@@ -32,7 +32,8 @@ def make_sampler(
     of_cases = tuple(weights.get(case.name, 1.0) for case in cases)
     if not sum(of_cases) > 0:
         raise ConfigError(
-            "data.draw_cases gives every training case weight 0; give one of them more"
+            "data.draw_cases gives every training case the weight 0; give at least one case a "
+            "weight above 0"
         )
     if not config.draw_classes:
         return WeightedSampler(patch_size, config.foreground_share, of_cases)
@@ -54,8 +55,8 @@ def make_sampler(
     of_classes = tuple(config.draw_classes.get(name, 1.0) for name in members)
     if not any(weight for weight, held in zip(of_classes, holders, strict=True) if held):
         raise ConfigError(
-            "data.draw_classes gives weight 0 to every class in the training cases; give one of "
-            "them more"
+            "data.draw_classes gives the weight 0 to every class in the training cases; give at "
+            "least one class a weight above 0"
         )
     return WeightedSampler(
         patch_size,

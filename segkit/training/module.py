@@ -230,8 +230,8 @@ class SegmentationModule(L.LightningModule):
         self.hard_gates = [module for module in modules if isinstance(module, HardGate)]
         if self.freezing is not None and self.freezing.unfreezes and self.trainer.world_size > 1:
             raise ConfigError(
-                f"train.freeze unfreezes weights at a step, and {self.trainer.world_size} "
-                f"processes train; freeze them to the end (null), or set trainer.devices to 1"
+                f"train.freeze cannot unfreeze weights at a step while {self.trainer.world_size} "
+                "processes train; freeze them to the end (null), or set trainer.devices to 1"
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

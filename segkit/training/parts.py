@@ -285,7 +285,7 @@ def check_replaced(parts: TrainingParts) -> None:
     if fixed := [name for name in FIXED if name in replaced]:
         raise ConfigError(
             f"parts.{fixed[0]} was replaced, but other parts were made from the old one; change "
-            f"the config and call segkit.prepare again"
+            "the config instead, and call segkit.prepare again"
         )
     refuse_replaced(parts.config, replaced)
 

@@ -43,7 +43,7 @@ def pool(folders: Sequence[str | Path], out: str | Path) -> CrossValidation:
     """
     out = Path(out)
     if out.exists():
-        raise ConfigError(f"{out}: exists already; name another folder for what is pooled")
+        raise ConfigError(f"{out}: exists already; choose another folder for the pooled results")
     runs = _runs_of([Path(folder) for folder in folders])
     configs = {fold: load_config(run / CONFIG) for fold, run in runs.items()}
     check_alike(runs, configs)
@@ -82,11 +82,13 @@ def _runs_of(folders: Sequence[Path]) -> dict[int, Path]:
             fold = load_config(run / CONFIG).data.fold
             if fold is None:
                 raise ConfigError(
-                    f"{run}: is a run of no fold, as its data.fold is null; give runs of "
-                    f"segkit train --folds N or data.fold=N"
+                    f"{run}: expected a run of one fold, but its data.fold is null; give runs that "
+                    "were trained with --folds N or data.fold=N"
                 )
             if fold in found:
-                raise ConfigError(f"fold {fold} is in {found[fold]} and in {run}; give it once")
+                raise ConfigError(
+                    f"{found[fold]} and {run} are both fold {fold}; give only one of them"
+                )
             found[fold] = run
     return dict(sorted(found.items()))
 
@@ -97,7 +99,7 @@ def _check_splits(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> No
     for fold, run in runs.items():
         names = read_split(run / SPLIT)
         if names is None:
-            raise ConfigError(f"{run}: expected {SPLIT} in it, found none; train the fold anew")
+            raise ConfigError(f"{run}: expected {SPLIT} in it, found none; train the fold again")
         splits[fold] = names
     first, *others = splits
     known = {*splits[first]["train"], *splits[first]["held_out"]}
@@ -109,13 +111,13 @@ def _check_splits(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> No
             if given:  # a file of folds may leave cases out of some
                 continue
             raise ConfigError(
-                f"{runs[fold]}: its folds were not drawn from the cases of {runs[first]}, as "
-                f"{case_names(apart)} is in one only; train both on the same dataset"
+                f"{runs[fold]}: expected the same cases as in {runs[first]}, but "
+                f"{case_names(apart)} is in only one of them; train both on the same dataset"
             )
         for name in splits[fold]["held_out"]:
             if name in seen and not given:
                 raise ConfigError(
-                    f"{name} is held out by {runs[seen[name]]} and by {runs[fold]}; give folds "
-                    f"that were drawn together"
+                    f"{name} is held out by both {runs[seen[name]]} and {runs[fold]}; give folds "
+                    "of the same cross-validation"
                 )
             seen[name] = fold

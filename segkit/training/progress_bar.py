@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from rich.console import Console
 
 from segkit.errors import printable
-from segkit.system.progress import SECONDS_BETWEEN_LINES, bars
+from segkit.system.progress import SECONDS_BETWEEN_LINES, bars, in_minutes, is_live
 
 
 class TrainingProgress(Callback):
@@ -53,7 +53,7 @@ class TrainingProgress(Callback):
             self.last = now
             loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
             self.display.update(self.task, description=f"training, loss {loss:.3f}")
-            if not self.console.is_terminal:
+            if not is_live(self.console):
                 self._line(trainer, f"loss {loss:.3f}")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -66,7 +66,7 @@ class TrainingProgress(Callback):
         text = f"validating {number} of {max(number, count)}"
         seconds = self._seconds_left(trainer)
         if seconds is not None:
-            text += f", about {seconds / 60:.0f} min left"
+            text += f", {in_minutes(seconds)} left"
         self._line(trainer, text)
 
     def on_validation_batch_end(

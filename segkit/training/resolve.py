@@ -123,7 +123,7 @@ def check_images(
             if not case.images:
                 raise DatasetError(
                     f"{dataset.folder}: case {case.name} has no image; add one, or train on its "
-                    f"labels with data.synthesis and hold out other cases by data.validation"
+                    "labels with data.synthesis and hold out other cases with data.validation"
                 )
     with problems.noted():
         check_headers((*train_cases, *held_out), dataset)

@@ -113,7 +113,7 @@ def locked_folder(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def lock_if_free(path: Path) -> Iterator[bool]:
-    """Whether a name is this process's alone, until the block or the process ends.
+    """Whether only this process has a name, until the block or the process ends.
 
     A file of that name is made, and removed at the end. Without locks, every name is free.
     """

@@ -129,7 +129,8 @@ def split(dataset: Dataset, validation: float | Sequence[str], seed: int) -> Spl
         held_out = set(validation)
         if kept := sorted(held_out & set(dataset.test)):
             raise DatasetError(
-                f"data.validation names {kept[0]}, which is also in data.test; name it in only one"
+                f"data.validation contains {kept[0]}, which is also in data.test; list it in only "
+                "one of them"
             )
         if unknown := sorted(held_out - set(names)):
             raise DatasetError(
@@ -139,6 +140,7 @@ def split(dataset: Dataset, validation: float | Sequence[str], seed: int) -> Spl
     train = tuple(case for case in dataset.cases if case.name not in held_out)
     if not train:
         raise DatasetError(
-            f"{dataset.folder}: no case is left to train on; hold out fewer of {len(names)}"
+            f"{dataset.folder}: no case is left to train on; hold out fewer of its {len(names)} "
+            "cases"
         )
     return Split(train, tuple(case for case in dataset.cases if case.name in held_out))

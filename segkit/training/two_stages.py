@@ -112,7 +112,7 @@ def resume_two_stages(
         return resume(folder, overrides=overrides, callbacks=callbacks, track=track)
     if overrides:
         raise ConfigError(
-            f"{folder}: is the first of two stages, and {overrides[0]} would change only this "
+            f"{folder}: is the first of two stages, so {overrides[0]} would change only this "
             f"stage; resume without settings, or edit its {CONFIG} or {SECOND_STAGE} first"
         )
     if not (folder / SUMMARY).is_file():

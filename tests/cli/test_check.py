@@ -29,7 +29,7 @@ def test_check_describes_a_dataset_and_a_volume(
     assert "# 2 cases to train on, 2 held out" in out and "attention maps: skip.1/gate" in out
 
 
-def test_check_names_the_case_whose_label_lies_elsewhere(
+def test_check_names_the_case_whose_label_is_on_another_grid(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = small_dataset(tmp_path / "data", num_cases=2)

@@ -101,7 +101,7 @@ def test_the_command_prints_the_reach_of_heads_and_whether_several_are_better(
     assert answer in said.splitlines()
 
 
-def test_the_command_writes_no_tables_where_heads_are_not_asked_for(
+def test_the_command_writes_no_tables_of_heads_unless_they_are_requested(
     scans: Path, tmp_path: Path, command: Run
 ) -> None:
     model = saved_model(tmp_path / "model", bottleneck=self_attention(2))
@@ -111,7 +111,7 @@ def test_the_command_writes_no_tables_where_heads_are_not_asked_for(
     assert files_in(tmp_path / "out") == files_of("a", "bottleneck-received")
     code, _, err = command(*words)
     assert code == 2 and err.startswith("segkit: ") and err.count("\n") == 1
-    assert err.endswith("exists already; pass --overwrite or name another --out\n")
+    assert err.endswith("exists already; pass --overwrite or choose another --out\n")
     for name in ("heads.csv", "heads.json"):  # of a study of other volumes, or another model
         (tmp_path / "out" / name).write_text("earlier")
     assert command(*words, "--overwrite")[0] == 0
@@ -202,7 +202,7 @@ def test_an_attribution_that_does_not_exist_is_one_line_and_exit_code_2(
 ) -> None:
     words = [scans / "a.nii.gz", "--out", tmp_path / "out"]
     code, _, err = command(*words, "--attribution", "lime")
-    assert code == 2 and err.startswith("segkit: expected a method of integrated_gradients, ")
+    assert code == 2 and err.startswith("segkit: expected a method out of integrated_gradients, ")
     assert "found 'lime'" in err and err.count("\n") == 1
     code, _, err = command(*words, "--cell", 4, "--attribution", "smoothgrad")
     assert code == 2 and "--cell needs --attribution" in err

@@ -84,7 +84,7 @@ def test_every_command_that_takes_a_model_takes_an_address(
         ("hf:clinic/none", "no such repository"),
         ("hf:nonsense", "expected hf:OWNER/NAME"),
         ("hf:clinic/balls@v9", "has no revision v9"),
-        ("hf:clinic/other", "expected a model of segkit"),
+        ("hf:clinic/other", "expected a segkit model"),
         ("http://127.0.0.1:9/m.zip", "cannot be fetched"),
     ],
 )

@@ -160,13 +160,10 @@ def test_a_stopped_cohort_is_finished_by_the_same_command_and_shards_share_it(
     assert code == 0 and "wrote" not in out
     code, _, err = run(*words, "--shard", "3/2", capsys=capsys)
     assert code == 2
-    assert (
-        err
-        == "segkit: --shard 3/2: expected I/N with I from 1 to N, such as 2/8; give such a share\n"
-    )
+    assert err == "segkit: --shard 3/2: expected I/N with I from 1 to N, such as 2/8; correct it\n"
 
 
-def test_a_file_with_results_is_no_failure_unless_the_file_was_replaced(
+def test_a_scan_with_results_is_skipped_unless_the_scan_was_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path, scans: Path
 ) -> None:
     files = [Path(shutil.copy(scans / f"{name}.nii.gz", tmp_path)) for name in "ab"]
@@ -186,7 +183,7 @@ def test_a_file_with_results_is_no_failure_unless_the_file_was_replaced(
     assert code == 0 and told[0]["sha256"] == checksum(scans / "c.nii.gz")
     # One file alone, too.
     code, out, _ = run(*words[:2], *words[3:], capsys=capsys)
-    assert code == 0 and "skipped 1 of 1 volume, because results are there" in out
+    assert code == 0 and "skipped 1 of 1 volume with results" in out
 
 
 def test_predict_prints_its_results_as_json(

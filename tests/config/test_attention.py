@@ -156,7 +156,9 @@ NOT_A_KIND = {
 
 
 @pytest.mark.parametrize("place", list(NOT_A_KIND))
-def test_a_kind_that_is_none_of_a_places_is_refused_with_those_that_are(place: str) -> None:
+def test_an_attention_kind_that_does_not_fit_its_place_is_refused_with_those_that_do(
+    place: str,
+) -> None:
     of_another_place = "se" if place in ("skip", "bottleneck", "head") else "additive_grid"
     for kind in ("softmax", of_another_place):
         reason = rf"^settings: network\.attention\.{place}\.kind is '{kind}'; choose "
@@ -200,12 +202,14 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "skip",
             {"kind": "cross_attention", "levels": [1, 0], "heads": [2]},
-            r"heads must be one number or a list of 2, one for each of the levels \[0, 1\]",
+            r"heads must be one number, or a list of 2 with one number for each of the levels "
+            r"\[0, 1\]",
         ),
         (
             "skip",
             {"kind": "u_transformer", "heads": [1, 2]},
-            r"heads must be one number or a list of 1, one for each of the levels \[1\]",
+            r"heads must be one number, or a list of 1 with one number for each of the levels "
+            r"\[1\]",
         ),
         (
             "bottleneck",
@@ -223,13 +227,13 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "bottleneck",
             {"kind": "self_attention", "positions": "rotary", "head_channels": 5},
-            "positions: rotary needs 6 channels or more .*, found 5",
+            "positions: rotary needs 6 or more channels .*, found 5",
         ),
         (
             "bottleneck",
             {"kind": "self_attention", "positions": "none", "window": [4, 4, 8], "shift": True},
-            r"shift needs windows smaller than the coarsest level's \[4, 4, 4\] voxels .*, found "
-            r"\[4, 4, 8\]; give it another window or no shift",
+            r"shift needs windows smaller than the coarsest level, which has \[4, 4, 4\] voxels, "
+            r".* found \[4, 4, 8\]; change the window, or set shift to false",
         ),
         (
             "bottleneck",
@@ -239,12 +243,13 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "bottleneck",
             {"kind": "self_attention", "window": [1, 1, 1], "shift": True},
-            r"shift needs windows .* of 2 or more along some axis, found \[1, 1, 1\]",
+            r"shift needs windows .* longer than 1 voxel along at least one axis, found "
+            r"\[1, 1, 1\]",
         ),
         (
             "bottleneck",
             {"kind": "transformer", "head_channels": 32},
-            "head_channels must be a multiple of 6, as pairs .* 3 axes, found 32",
+            "head_channels must be a multiple of 6 for rotary .* 3 dimensions, found 32",
         ),
         ("bottleneck", {"kind": "transformer", "depth": 0}, "depth is 0: it should be greater"),
         ("bottleneck", {"kind": "transformer", "drop_path": 1}, "drop_path is 1: it should be les"),
@@ -255,7 +260,8 @@ def test_an_option_that_a_kind_does_not_have_is_refused(place: str, kind: str) -
         (
             "encoder",
             {"kind": "epa", "heads": 3},
-            "epa shares channels out to 3 heads and to two halves, and level 0 has 8; give it",
+            "epa needs a number of channels that is even and a multiple of its 3 heads, but level "
+            "0 has 8; change heads",
         ),
         ("decoder", {"kind": "epa", "projected": 0}, "projected is 0: it should be greater"),
         ("bottleneck", {"kind": "additive_self", "width": 0}, "width is 0: it should be greater"),
@@ -290,9 +296,9 @@ def test_positions_need_two_channels_for_each_axis(spatial_dims: int, fewest: in
         )
 
     for narrow, reason in (
-        (sincos, rf"bottleneck\.positions: sincos needs {fewest} channels or more"),
-        (rotary, rf"bottleneck\.positions: rotary needs {fewest} channels or more"),
-        (skip, rf"skip needs network\.channels of {fewest} or more to encode positions"),
+        (sincos, rf"bottleneck\.positions: sincos needs {fewest} or more channels"),
+        (rotary, rf"bottleneck\.positions: rotary needs {fewest} or more channels"),
+        (skip, rf"skip needs {fewest} or more network\.channels"),
     ):
         assert narrow(fewest).network.spatial_dims == spatial_dims
         with pytest.raises(

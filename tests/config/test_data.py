@@ -63,7 +63,7 @@ def test_labels_that_tell_left_from_right_are_not_mirrored(
         ),
     ],
 )
-def test_what_is_mirrored_is_said_with_the_names_that_decide(
+def test_the_mirrored_axes_are_explained_by_names_of_labels(
     labels: list[str], settings: dict[str, object], said: str
 ) -> None:
     assert data_config(**settings).mirrored_because(["background", *labels]) == said

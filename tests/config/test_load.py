@@ -62,7 +62,7 @@ def value_at(config: Config, key: str) -> Any:
 # What is read
 
 
-def test_a_file_states_what_differs_from_the_defaults(path: Path) -> None:
+def test_a_config_file_holds_only_values_that_differ_from_the_defaults(path: Path) -> None:
     config = load_config(path)
     assert config.data.folder == Path("scans")
     assert config.data.patch_size == [32, 32, 16]
@@ -367,7 +367,7 @@ def test_config_and_errors_load_without_torch() -> None:
         ),
     ],
 )
-def test_a_refusal_names_what_was_written_and_no_kind_or_type_that_was_tried(
+def test_a_refusal_names_the_written_value_and_not_the_types_that_were_tried(
     attention: dict[str, Any], sentence: str
 ) -> None:
     tree = {"data": {"folder": "x", "patch_size": [8, 8, 8]}, "network": {"attention": attention}}
@@ -403,13 +403,15 @@ def test_attention_that_knows_positions_needs_channels_for_them(
     if found is None:
         assert validated(NetworkConfig, tree, "c").channels == channels
         return
-    with pytest.raises(ConfigError, match=f"needs network.channels of 6 or more .* found {found};"):
+    with pytest.raises(ConfigError, match=f"needs 6 or more network.channels .* found {found};"):
         validated(NetworkConfig, tree, "c")
 
 
 @pytest.mark.parametrize("kind", ["additive_grid", "cross_attention", "u_transformer"])
 def test_attention_without_any_skip_is_refused(kind: str) -> None:
-    with pytest.raises(ConfigError, match=r"two network.channels has no other skip; set levels"):
+    with pytest.raises(
+        ConfigError, match=r"two network.channels has no other skip connection; set levels"
+    ):
         validated(NetworkConfig, {"channels": [8, 16], "attention": {"skip": kind}}, "c")
 
 

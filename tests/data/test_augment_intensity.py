@@ -139,7 +139,7 @@ def test_channels_share_the_noises_variance_and_not_the_noise() -> None:
         assert torch.stack([first, second]).corrcoef()[0, 1].abs() < 0.1
 
 
-def test_brightness_multiplies() -> None:
+def test_brightness_multiplies_intensities() -> None:
     image = normal(3, 2, 6, 5, 4)
     assert_close(only("brightness", brightness=(1.2, 1.2))(image, seeded(1)), image * 1.2)
 
@@ -235,7 +235,7 @@ def test_a_blur_shows_its_kernel_at_a_lone_voxel_and_each_row_its_own() -> None:
     assert_close(seen, kernels[:, 0, :, None] * kernels[:, 1, None, :])
 
 
-def test_a_blur_keeps_a_constant_and_the_sum_of_what_lies_inside() -> None:
+def test_a_blur_keeps_a_constant_and_the_sum_of_an_object_inside() -> None:
     sigmas = torch.tensor([[0.5, 0.9, 1.0]])
     constant = torch.full((1, 5, 4, 1), 0.3)
     assert_close(blur(constant, sigmas), constant)
@@ -280,7 +280,7 @@ def test_low_resolution_at_a_zoom_of_one_is_the_identity() -> None:
     assert torch.equal(vary(image, seeded(0)), image)
 
 
-def test_low_resolution_of_a_ramp_worked_by_hand() -> None:
+def test_a_ramp_at_low_resolution_equals_values_worked_out_by_hand() -> None:
     # Of 0 1 2 3 every other is picked, 1 and 3, which stand where 0.5 and 2.5 did; 1.5 and 2 are
     # a quarter and three quarters between them, and nothing lies beyond them.
     ramp = torch.arange(4.0).view(1, 4, 1, 1)

@@ -49,7 +49,7 @@ def test_with_probability_zero_labels_stay(seed: int) -> None:
 
 @given(st.integers(0, 10_000))
 @settings(max_examples=20)
-def test_labels_stay_labels_and_the_input_is_left_alone(seed: int) -> None:
+def test_augmented_labels_are_still_labels_and_the_input_is_unchanged(seed: int) -> None:
     labels = labels_of(seed)
     before = labels.clone()
     changed = ALWAYS(labels, 3, generator(seed))
@@ -70,7 +70,7 @@ def test_most_labels_are_changed_when_everything_is_drawn_and_fewer_by_default()
 
 
 @pytest.mark.parametrize("radius", range(1, 9))
-def test_the_ball_is_exact_along_the_axes_and_a_fifth_too_wide_at_most(radius: int) -> None:
+def test_the_ball_is_exact_along_the_axes_and_at_most_a_fifth_too_wide(radius: int) -> None:
     mask = torch.zeros(21, 21, 21, dtype=torch.bool)
     mask[10, 10, 10] = True
     ball = dilate(mask, radius)
@@ -110,7 +110,7 @@ def test_one_step_is_scipys_and_in_planes_as_in_volumes() -> None:
 
 
 @pytest.mark.parametrize("share", np.linspace(0, 0.999, 7))
-def test_a_removed_part_is_gone_whole_and_alone(share: float) -> None:
+def test_one_component_is_removed_completely_and_no_other(share: float) -> None:
     mask = blobs(11)
     parts, count = ndimage.label(mask.numpy())
     assert count > 2

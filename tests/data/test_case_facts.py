@@ -33,7 +33,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_a_stopped_check_goes_on_where_it_was(
+def test_a_stopped_check_continues_without_reading_cases_again(
     dataset: Dataset, reads: list[str], tmp_path: Path
 ) -> None:
     names = [case.name for case in dataset.cases]
@@ -76,7 +76,7 @@ def test_other_settings_are_checked_anew_and_a_quick_check_stores_nothing(
     assert not (tmp_path / "quick").exists()
 
 
-def test_what_was_stored_and_is_damaged_is_refused_with_its_name(
+def test_a_damaged_file_of_stored_facts_is_refused_by_name(
     dataset: Dataset, reads: list[str], tmp_path: Path
 ) -> None:
     list(facts_of_cases(dataset, Problems(), cache=tmp_path))

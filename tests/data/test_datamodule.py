@@ -78,7 +78,7 @@ def numbers_of(cases: list[StoredCase]) -> Numbers:
     epochs=st.integers(1, 4),
     stop=st.integers(0, 160),
 )
-def test_epochs_continue_where_the_last_ended_and_processes_share_out_every_item(
+def test_each_epoch_starts_after_the_last_and_processes_share_all_items(
     per_process: int, num_processes: int, epochs: int, stop: int
 ) -> None:
     """Also where all were stopped in the midst of an epoch, after `stop` items each."""

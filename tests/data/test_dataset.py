@@ -433,7 +433,7 @@ def test_a_case_whose_parts_do_not_fit_is_refused_in_one_sentence(folder: Path, 
 
 
 @pytest.mark.data
-def test_the_real_hippocampi_are_listed_and_one_holds_what_is_declared(data_folder: Path) -> None:
+def test_the_real_hippocampi_are_listed_and_one_has_the_declared_labels(data_folder: Path) -> None:
     dataset = read_dataset(data_folder / "hippocampus")
     assert len(dataset.cases) == 200
     assert dataset.channels == ("MRI",)

@@ -131,7 +131,7 @@ ALONE = "labels must have a class in addition to the background, found backgroun
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no order": (
         {"regions_class_order": None},
-        "add regions_class_order, with the number that each",
+        "add regions_class_order, with the number to write for each",
     ),
     "a short order": (
         {"regions_class_order": [1, 2]},
@@ -164,11 +164,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing but ignore": ({"labels": {"background": 0, "ignore": 1}}, ALONE),
     "a number that no file can hold": (
         {"labels": {"background": 0, "a": 70000}},
-        "a needs a number from 0 to 65535 to be written as, found 70000; add one to its list",
+        "a is written to files as a number from 0 to 65535, but its list has 70000; add such a",
     ),
     "a class of negative numbers": (
         {"labels": {"background": 0, "a": [-1, -2]}, "regions_class_order": None},
-        "a needs a number from 0 to 65535 to be written as, found -1, -2",
+        "a is written to files as a number from 0 to 65535, but its list has -1, -2",
     ),
     "a number twice": (
         {"labels": {"background": 0, "a": 1, "b": 1}},
@@ -204,7 +204,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_does_not_fit_together_is_refused_in_one_sentence(folder: Path, name: str) -> None:
+def test_contradictions_in_a_dataset_json_are_refused_in_one_sentence(
+    folder: Path, name: str
+) -> None:
     keys, reason = REFUSALS[name]
     with pytest.raises(DatasetError, match=reason) as refusal:
         read_dataset(written(folder, **keys))

@@ -122,7 +122,7 @@ def test_labels_are_written_in_the_numbers_of_data_labels(cohort: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_sentence(
+def test_dicom_settings_that_do_not_fit_the_files_are_refused_in_a_sentence(
     dicom: dict[str, Any], words: str, cohort: Path
 ) -> None:
     with pytest.raises(DatasetError, match=words):
@@ -142,7 +142,9 @@ def test_a_case_without_structures_of_a_class_may_be_partly_labelled(cohort: Pat
 def test_two_structure_sets_of_a_series_are_told_apart_by_a_rule(cohort: Path) -> None:
     slice_ = next(path for path in (cohort / "p1" / "CT").iterdir() if path.name[:2] == "IM")
     write_structures(cohort / "p1" / "old.dcm", slice_, {"GTV": []}, description="old")
-    with pytest.raises(DatasetError, match=r"case p1_CT: 2 files of structures refer to it: .*old"):
+    with pytest.raises(
+        DatasetError, match=r"case p1_CT: expected one file of structures, found 2: .*old"
+    ):
         dataset_of(settings(cohort))
     dataset = dataset_of(settings(cohort, label={"description": "plan"}))
     assert [case.label.name for case in dataset.cases] == ["RS.dcm", "RS.dcm"]
@@ -197,7 +199,7 @@ def test_patterns_and_tables_may_name_folders_of_series_and_structures(cohort: P
 
 def test_images_are_named_by_files_or_by_dicom_and_not_by_both(cohort: Path) -> None:
     files = {"images": {"CT": "*/CT"}, "label": "*/RS.dcm"}
-    with pytest.raises(ValueError, match=r"data\.files and data\.dicom\.images both say which"):
+    with pytest.raises(ValueError, match=r"data\.files and data\.dicom\.images both select"):
         DatasetConfig.model_validate(
             {"folder": str(cohort), "files": files, "dicom": {"images": {"CT": {}}}}
         )
@@ -221,7 +223,7 @@ def test_predictions_are_scored_against_structures(cohort: Path, tmp_path: Path)
     assert empty.summary.num_cases == 2
 
 
-def test_check_tells_what_a_tree_of_dicom_files_holds(
+def test_check_lists_the_series_and_structures_of_a_dicom_folder(
     cohort: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = run("check", cohort, capsys=capsys)

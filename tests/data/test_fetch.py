@@ -63,7 +63,7 @@ def test_a_dataset_comes_whole_and_leaves_nothing_beside_it(
                 inside = packed.parent / NAME / path.relative_to(folder)
                 assert path.read_bytes() == inside.read_bytes()
         assert "4 cases, all readable" in str(check(folder))
-        with pytest.raises(DatasetError, match="exists already; use it, or name another --out"):
+        with pytest.raises(DatasetError, match="exists already; use it, or choose another --out"):
             fetch_dataset(NAME, source_of(address, packed), out)
 
 
@@ -115,18 +115,21 @@ def test_the_ten_tasks_are_known_by_whole_names_and_halves() -> None:
         assert named(word, tasks) == "Task04_Hippocampus"
     assert all(len(source.md5) == 32 and source.url.endswith(".tar") for source in tasks.values())
     with pytest.raises(
-        DatasetError, match="nose: is not a dataset to fetch; name one of Task01_Brain"
+        DatasetError,
+        match="nose: segkit cannot fetch a dataset with this name; choose one of Task01_Brain",
     ):
         named("nose", tasks)
 
 
-def test_without_monai_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_monai_the_error_names_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "monai.apps.datasets", None)
     with pytest.raises(SegkitError, match=r"pip install 'segkit\[fetch\]'"):
         decathlon()
 
 
-def test_the_command_says_where_it_is_and_what_to_do_next(
+def test_the_command_prints_the_folder_and_the_next_command(
     served: str,
     packed: Path,
     tmp_path: Path,
@@ -138,4 +141,8 @@ def test_the_command_says_where_it_is_and_what_to_do_next(
     assert code == 0
     assert f"wrote {tmp_path / NAME}" in out and f"next: segkit check {tmp_path / NAME}" in out
     code, _, err = run("fetch", "cube", "--out", tmp_path, capsys=capsys)
-    assert code == 2 and err == f"segkit: cube: is not a dataset to fetch; name one of {NAME}\n"
+    assert (
+        code == 2
+        and err
+        == f"segkit: cube: segkit cannot fetch a dataset with this name; choose one of {NAME}\n"
+    )

@@ -112,7 +112,7 @@ def test_two_files_of_one_name_are_refused(study: Path) -> None:
         ({"label": "labels/*.nii.gz"}, "no file matches labels/"),
         (
             {"label": "derivatives/**/*_dseg.nii.gz"},
-            "wildcards of both patterns must match the same",
+            "patterns whose wildcards match the same text",
         ),
         ({"images": {"T1": "sub-*/ses-*/anat/sub-*_T1w.json"}}, "expected a volume named"),
         (
@@ -136,12 +136,12 @@ def test_patterns_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     "label", ["labels/one.nii.gz", "/labels/*.nii.gz", "labels/a**.nii.gz", "**", ""]
 )
-def test_what_is_no_pattern_is_refused(label: str) -> None:
+def test_a_string_that_is_not_a_pattern_is_refused(label: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.files"):
         files_of(**{**PATTERNS, "label": label})
 
 
-def test_regions_and_what_nobody_labelled_are_as_in_a_dataset_json(study: Path) -> None:
+def test_regions_and_ignored_voxels_work_as_in_a_dataset_json(study: Path) -> None:
     labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
     keys = {**PATTERNS, "labels": labels, "regions_class_order": [1, 2]}
     dataset = read_dataset(study, files_of(**keys))
@@ -231,7 +231,9 @@ def test_a_table_that_is_no_text_is_refused(study: Path) -> None:
 # Where they are named
 
 
-def test_a_yaml_of_files_alone_is_a_dataset_and_one_that_says_more_a_config(tmp_path: Path) -> None:
+def test_a_yaml_with_only_files_is_a_dataset_and_with_other_settings_a_config(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(json.dumps({"data": {"folder": "study", "files": PATTERNS}}))
     found = dataset_in(path)

@@ -36,7 +36,7 @@ def half_spaces(grid: Grid, at: Sequence[float]) -> Volume:
 
 
 @pytest.mark.parametrize("code", sorted(ORIENTATIONS)[::5])
-def test_labels_lie_where_they_lay_in_the_world(code: str) -> None:
+def test_first_stage_labels_keep_their_world_positions(code: str) -> None:
     grid = Grid((18, 20, 12), affine_of(code))
     at = (0.3, -0.5, 0.8)
     image = np.zeros(grid.shape, np.float32)
@@ -63,7 +63,7 @@ def test_labels_of_another_volume_are_refused() -> None:
         affine = np.eye(4)
         affine[0, 3] = shift
         labels = Volume(np.zeros(shape, np.uint8), Grid(shape, affine))
-        with pytest.raises(VolumeError, match="lie on another grid than the volume"):
+        with pytest.raises(VolumeError, match="expected labels of the first stage on the grid"):
             with_labels(prepared, labels)
 
 

@@ -101,7 +101,7 @@ def test_a_number_without_a_name_is_refused() -> None:
     st.lists(st.integers(0, 2**16 - 1), min_size=2, max_size=9, unique=True),
     st.sampled_from([np.uint16, np.int32, np.int64]),
 )
-def test_what_is_written_is_what_was_read(numbers: list[int], kind: type) -> None:
+def test_label_numbers_survive_reading_and_writing(numbers: list[int], kind: type) -> None:
     labels = {"background": numbers[0], **{f"class {n}": n for n in numbers[1:]}}
     labelling = told_apart(labels)
     values = np.asfortranarray(np.resize(np.array(numbers, kind), (3, 4, 2)))
@@ -116,9 +116,9 @@ def test_what_is_written_is_what_was_read(numbers: list[int], kind: type) -> Non
         ({"background": 0, "a": 1, "b": [1, 2]}, "a and b overlap at 1; add regions_class_order"),
         (
             {"background": 0, "a": [1, "others"]},
-            "others must belong to background or ignore, found it",
+            "others may belong only to background or ignore, found it",
         ),
-        ({"background": 0, "a": 70000}, "a needs a number from 0 to 65535"),
+        ({"background": 0, "a": 70000}, "a is written to files as a number from 0 to 65535"),
         ({"a": 1, "b": 2}, "expected a label with number 0 or name background, found a, b"),
         ({"background": 0, "ignore": 255}, "must have a class in addition to the background"),
     ],

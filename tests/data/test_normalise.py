@@ -38,7 +38,7 @@ def test_zscore_does_not_depend_on_scale_or_offset(scale: float, offset: float) 
     assert_close(moved, zscore(noise, nonzero=False), rtol=0, atol=1e-6)
 
 
-def test_zscore_of_what_is_not_0_shifts_the_background_with_it() -> None:
+def test_zscore_over_voxels_other_than_0_also_shifts_the_background() -> None:
     tissue = np.random.default_rng(0).normal(50, 20, (4, 9, 10)).astype(np.float32)
     head = torch.from_numpy(np.concatenate([np.zeros_like(tissue), tissue]))
     image = zscore(head, nonzero=True)

@@ -97,7 +97,7 @@ def test_a_cut_is_a_copy() -> None:
     assert_array_equal(array, 0)
 
 
-def test_a_patch_depends_on_the_seed_and_its_number_alone() -> None:
+def test_a_patch_depends_only_on_the_seed_and_its_number() -> None:
     cases = [random_case(seed) for seed in range(3)]
     forward = patches(cases, share=0.5)
     there = [forward[index] for index in range(12)]

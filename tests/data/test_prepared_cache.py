@@ -183,7 +183,7 @@ def three_cases(folder: Path) -> Dataset:
     return Dataset(folder, cases, ("T1", "T2"), {"background": 0, "near": 1, "far": 2})
 
 
-def test_several_processes_store_what_one_does_byte_for_byte(tmp_path: Path) -> None:
+def test_several_processes_store_the_same_bytes_as_one(tmp_path: Path) -> None:
     dataset = three_cases(tmp_path / "data")
     contents = []
     for num_processes in (1, 2):
@@ -232,7 +232,7 @@ def test_a_process_killed_half_way_is_told_in_one_sentence_and_leaves_no_folder(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_what_is_wrong_with_a_case_is_told_by_whichever_process_finds_it(tmp_path: Path) -> None:
+def test_an_error_in_a_case_is_reported_from_any_process(tmp_path: Path) -> None:
     dataset = three_cases(tmp_path / "data")
     few = Dataset(dataset.folder, dataset.cases, dataset.channels, {"background": 0, "near": 1})
     with pytest.raises(DatasetError, match=r"ada\.nii\.gz: holds label 2, which"):
@@ -415,7 +415,7 @@ def test_cases_are_tracked_and_keep_their_order(tmp_path: Path) -> None:
     assert [case.name for case in stored] == seen == ["b", "a", "c"]
 
 
-def test_positions_leave_out_what_is_ignored_and_say_what_is_not(tmp_path: Path) -> None:
+def test_stored_positions_leave_out_ignored_voxels(tmp_path: Path) -> None:
     label = np.random.default_rng(6).integers(0, 4, (9, 8, 5))
     case = write_case(tmp_path / "data", "one", label)
     classes = {"background": 0, "near": 1, "far": 2}

@@ -227,7 +227,7 @@ def test_a_background_of_zeros_is_cut_off_and_the_body_stays_in_its_place(code: 
     assert_allclose(whole[prepared.box], prepared.image[0].numpy(), rtol=1e-6)
 
 
-def test_an_image_of_zeros_alone_is_kept_whole() -> None:
+def test_an_image_with_only_zeros_is_not_cropped() -> None:
     prepared = prepare_image(
         Volume(np.zeros((3, 4, 5)), Grid((3, 4, 5), np.eye(4))),
         spacing=(1.0, 1.0, 1.0),

@@ -80,7 +80,7 @@ def test_held_out_cases_come_back_whole_and_in_order(tmp_path: Path) -> None:
         assert (held["label"].numpy() == case.label).all()
 
 
-def test_what_cases_take_is_what_their_arrays_take_as_stored(tmp_path: Path) -> None:
+def test_the_memory_of_cases_is_that_of_their_stored_arrays(tmp_path: Path) -> None:
     voxels = sum(int(np.prod(space)) for space in SPACES)
     assert bytes_of(stored(tmp_path, dtype=np.float16)) == voxels * (2 * 2 + 1)
 

@@ -126,7 +126,7 @@ def test_labels_with_a_mean_are_textured(space: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("silent", [False, True])
 @pytest.mark.parametrize("space", SPACES)
-def test_over_what_is_not_silent_the_mean_is_0_and_the_deviation_1(
+def test_synthetic_images_have_mean_0_and_deviation_1_outside_a_silent_background(
     space: tuple[int, ...], silent: bool
 ) -> None:
     labels = nested(3, space)

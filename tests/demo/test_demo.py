@@ -73,7 +73,7 @@ def test_the_demo_says_which_data_training_has_seen(written: tuple[Path, list[st
 def test_the_demo_writes_only_to_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(SegkitError, match="name another --out"):
+        with pytest.raises(SegkitError, match="choose another --out"):
             run_demo(tmp_path, contrast="t1", steps=1, overwrite=overwrite, say=print)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -85,7 +85,7 @@ def test_ignored_voxels_do_not_count_and_no_voxels_give_nan() -> None:
     assert "no voxels" in reliability_diagram(none)
 
 
-def test_of_a_partly_labelled_case_only_what_is_labelled_counts() -> None:
+def test_calibration_of_a_partly_labelled_case_counts_only_labelled_classes() -> None:
     # Nobody labelled class 2: at the second voxel it may well be right.
     found = np.array([[0.25, 0.75, 0.0], [0.25, 0.0, 0.75]]).reshape(2, 1, 1, 3)
     calibration = classes()
@@ -151,7 +151,7 @@ def test_a_picture_has_the_calibration_of_its_pixels_whatever_axis_has_one_voxel
     assert turned.entropy_of_cases["a"] == pytest.approx(upright.entropy_of_cases["a"])
 
 
-def test_the_diagram_is_a_picture_whose_curve_lies_where_the_bins_do() -> None:
+def test_the_curve_of_the_diagram_passes_through_the_bins() -> None:
     calibration = Calibration({"background": (0,), "<b>": (1,)}, are_regions=False)
     found = np.repeat([[0.25, 0.75]], 4, axis=0).reshape(4, 1, 1, 2)
     calibration.add("a", found, np.array([1, 1, 0, 0]).reshape(4, 1, 1))

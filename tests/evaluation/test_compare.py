@@ -84,7 +84,7 @@ def test_in_strata_cases_are_drawn_from_their_own_group(tmp_path: Path) -> None:
     together = compare(a, b).differences[0]
     assert apart.low == apart.high == pytest.approx(apart.difference)
     assert together.low < together.difference < together.high
-    with pytest.raises(ConfigError, match="no stratum for case_5"):
+    with pytest.raises(ConfigError, match="found none for case_5"):
         compare(a, b, strata={name: "x" for name in list(strata)[:-1]})
 
 
@@ -156,7 +156,7 @@ def test_scores_that_cannot_be_compared_are_refused_in_a_sentence(tmp_path: Path
         read_strata(tmp_path / "table.csv", "age")
 
 
-def test_the_command_says_what_python_says(
+def test_the_command_prints_the_same_numbers_as_python(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = of_one_class(tmp_path / "a", [0.5, 0.4, 0.3]), of_one_class(tmp_path / "b", [0.75] * 3)

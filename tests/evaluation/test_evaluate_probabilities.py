@@ -80,7 +80,7 @@ def test_missing_probabilities_and_those_of_other_classes_are_refused(tmp_path: 
     with pytest.raises(VolumeError, match=r"case_1_prob.nii.gz: expected 3 probabilities"):
         evaluate(predictions, references, probabilities=True)
     (references.parent / "dataset.json").unlink()
-    with pytest.raises(ConfigError, match="probabilities need the names of labels"):
+    with pytest.raises(ConfigError, match="probabilities need the names of the labels"):
         evaluate(predictions, references, probabilities=True)
 
 

@@ -149,7 +149,7 @@ def test_groups_of_one_label_each_overlap_as_the_labels_do(
     assert torch.equal(groups.false_negative, alone.false_negative)
 
 
-def test_groups_that_share_labels_overlap_as_their_masks_do_where_nothing_is_ignored() -> None:
+def test_groups_that_share_labels_have_the_overlap_of_their_masks() -> None:
     generator = torch.Generator().manual_seed(0)
     prediction = torch.randint(0, 4, (6, 5), generator=generator)
     reference = torch.randint(0, 5, (6, 5), generator=generator)

@@ -69,7 +69,7 @@ PAIRED = {
 
 
 @pytest.mark.parametrize("kind", PAIRED)
-def test_files_pair(tmp_path: Path, kind: str) -> None:
+def test_files_of_the_same_case_are_paired(tmp_path: Path, kind: str) -> None:
     mine, theirs, expected = PAIRED[kind]
     stems = [
         "-".join(str(Path(name).with_name(stem_of(Path(name)))) for name in pair[1:])

@@ -239,7 +239,7 @@ def test_a_seed_gives_one_interval_and_another_class_does_not_change_it() -> Non
     assert summarise(rows_of({"liver": liver}), seed=1).classes[0] != alone
 
 
-def test_the_scores_of_no_case_are_refused() -> None:
+def test_a_summary_of_scores_without_any_case_is_refused() -> None:
     with pytest.raises(ValueError, match="got 0; score every case once"):
         summarise([])
 

@@ -125,7 +125,7 @@ def test_explanations_are_overwritten_only_with_overwrite(scans: Path, tmp_path:
     list(explain_files(predictor_of(bottleneck=self_attention(2)), inputs, out))
     before = {name: (out / name).read_bytes() for name in files_in(out)}
     other = predictor_of(bottleneck=self_attention(2), seed=1)
-    message = r"a_seg\.nii\.gz: exists already; pass --overwrite or name another --out$"
+    message = r"a_seg\.nii\.gz: exists already; pass --overwrite or choose another --out$"
     with pytest.raises(VolumeError, match=message):
         list(explain_files(other, inputs, out))
     assert {name: (out / name).read_bytes() for name in files_in(out)} == before
@@ -199,7 +199,7 @@ def test_the_files_of_heads_are_overwritten_only_with_overwrite(
     inputs, out = find_inputs([scans], 1), tmp_path / "out"
     out.mkdir()
     (out / existing).write_text("mine")
-    message = rf"{existing}: exists already; pass --overwrite or name another --out$"
+    message = rf"{existing}: exists already; pass --overwrite or choose another --out$"
     with pytest.raises(VolumeError, match=message):
         explain_heads(predictor, inputs, labels, out)
     assert files_in(out) == {existing} and (out / existing).read_text() == "mine"

@@ -60,7 +60,7 @@ def test_maps_are_those_of_the_predictor_and_their_mean(explained: Explanation) 
     assert explained.on_scan("skip.1/gate").data.shape == explained.scan.grid.shape
 
 
-def test_windows_disagree_where_they_overlap_and_nowhere_else(explained: Explanation) -> None:
+def test_windows_disagree_only_in_cells_that_several_windows_cover(explained: Explanation) -> None:
     one = explained.maps["skip.0/gate"]
     assert one.volume is not None and one.disagreement is not None
     apart = one.disagreement.data
@@ -87,7 +87,7 @@ def test_a_reference_on_another_grid_is_refused_by_name() -> None:
         explain_volume(gated(), scan, other.reference, name="b")
 
 
-def test_a_reference_whose_axes_are_stored_otherwise_measures_the_same() -> None:
+def test_a_reference_with_axes_in_another_order_gives_the_same_measures() -> None:
     case = noise_case(8, 8, 12)
     expected = explain_volume(gated(), case.volume, case.reference)
     values, grid = stored_otherwise(case.reference.data, case.reference.grid, (2, 0, 1), (1,))

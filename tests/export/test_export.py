@@ -148,7 +148,7 @@ def test_the_command_refuses_an_export_that_is_off_and_a_choice_of_models(
     arguments = ["--format", "onnx", "--out", str(tmp_path / "a.onnx")]
     many = CliRunner().invoke(app, ["export", str(tmp_path / "five"), *arguments])
     assert isinstance(many.exception, SegkitError)
-    assert "expected one model, found 2; export one, such as" in str(many.exception)
+    assert "expected one model, found 2; choose one, such as" in str(many.exception)
     off = Export((tmp_path / "a.onnx",), Agreement({LOGITS: 0.2}, 3.0, 0.98))
     monkeypatch.setattr("segkit.export.export.export_model", lambda *given, **options: off)
     told = CliRunner().invoke(app, ["export", str(tmp_path / "five" / "fold_0"), *arguments])

@@ -100,7 +100,7 @@ def test_a_bundle_takes_nan_as_the_background_if_its_model_does(tmp_path: Path) 
     assert len(np.unique(expected)) > 1
 
 
-def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
+def test_a_folder_other_than_a_bundle_is_never_replaced(tmp_path: Path) -> None:
     model = model_for()
     (tmp_path / "scans").mkdir()
     (tmp_path / "scans" / "mine.txt").write_text("irreplaceable")
@@ -136,6 +136,6 @@ def test_a_bundle_is_replaced_whole_or_not_at_all(
 def test_a_second_stage_is_refused(tmp_path: Path) -> None:
     model = model_for()
     second = Model(model.description, model.network, (model,))
-    with pytest.raises(ModelError, match="takes the labels of a first stage; export it as onnx"):
+    with pytest.raises(ModelError, match="also needs a first stage; export it as onnx"):
         export_bundle(second, tmp_path / "bundle")
     assert not (tmp_path / NETWORK).exists()

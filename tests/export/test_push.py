@@ -228,7 +228,7 @@ def test_one_score_has_no_interval(tmp_path: Path) -> None:
     assert "| one | Dice | 0.500 | – | 1 |" in card and "| two | Dice | – | – | 0 |" in card
 
 
-def test_what_the_author_says_is_on_the_card_and_what_is_not_said_is_named(
+def test_the_card_has_the_authors_statements_and_lists_the_missing_ones(
     run: Path, tmp_path: Path
 ) -> None:
     push_model(run, tmp_path / "silent")
@@ -275,7 +275,7 @@ def test_verdicts_on_this_model_are_found_in_its_run_and_those_of_another_are_re
     provenance = {"models": [{"run": "x", "weights.safetensors": "0" * 64}]}
     other = verdicts_of(run, tmp_path / "other", provenance=provenance)
     with pytest.raises(
-        ModelError, match="verdicts on the gates of this model, found those of another"
+        ModelError, match="verdicts on the gates of this model, found those of another model"
     ):
         push_model(run, tmp_path / "b", verdicts=other)
     with pytest.raises(ModelError, match="found none"):
@@ -301,7 +301,9 @@ def test_the_folds_of_a_cross_validation_are_pushed_together(tmp_path: Path) -> 
     assert "weights.safetensors" in alone.files
 
 
-def test_a_model_folder_is_pushed_without_what_is_not_known(run: Path, tmp_path: Path) -> None:
+def test_a_model_folder_is_pushed_without_the_facts_that_only_a_run_has(
+    run: Path, tmp_path: Path
+) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(run / "model", bare)
     pushed = push_model(bare, tmp_path / "brains")
@@ -311,7 +313,7 @@ def test_a_model_folder_is_pushed_without_what_is_not_known(run: Path, tmp_path:
     assert "scores.json" in push_model(run / "model", tmp_path / "of_run").files
 
 
-def test_what_cannot_be_pushed_is_said_in_one_sentence(run: Path, tmp_path: Path) -> None:
+def test_a_push_that_is_refused_says_so_in_one_sentence(run: Path, tmp_path: Path) -> None:
     (tmp_path / "not.png").write_text("no picture")
     (tmp_path / "not.json").write_text("{}")
     (tmp_path / "taken").mkdir()
@@ -329,8 +331,10 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(run: Path, tmp_path: Path
         lambda: push_model(run, tmp_path / "taken"): "exists already; pass --overwrite",
         lambda: push_model(run, tmp_path / "taken", overwrite=True): "expected a shared mod",
         lambda: push_model(run, "hf:clinic"): "expected hf:OWNER/NAME",
-        lambda: push_model(run, "hf:clinic/brains@v1"): "a commit goes to the main branch",
-        lambda: push_model(run, "https://a.org/m.zip"): "expected hf:OWNER/NAME or a folder",
+        lambda: push_model(run, "hf:clinic/brains@v1"): "without a revision",
+        lambda: push_model(
+            run, "https://a.org/m.zip"
+        ): "expected hf:OWNER/NAME without a revision, or a folder",
     }.items():
         with pytest.raises(ModelError, match=sentence):
             call()

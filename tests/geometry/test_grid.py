@@ -278,7 +278,7 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_a_difference_names_what_differs_and_by_how_much(name: str) -> None:
+def test_a_difference_between_grids_has_its_kind_and_size(name: str) -> None:
     shape, affine, said = DIFFERENCES[name]
     assert Grid(shape, affine).difference_from(Grid((11, 21, 30), changed())) == said
 

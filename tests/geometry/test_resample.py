@@ -85,7 +85,7 @@ def test_reading_at_the_voxels_themselves_returns_them_bit_for_bit(
 
 
 @given(st.data(), ORDERS)
-def test_a_constant_stays_what_it_is(data: st.DataObject, orders: Orders) -> None:
+def test_resampling_keeps_a_constant(data: st.DataObject, orders: Orders) -> None:
     shape = data.draw(shapes())
     constant = torch.full((1, *shape), 0.1)
     again = resample(constant, data.draw(positions_in(shape, beyond=3)), orders)

@@ -172,9 +172,7 @@ def test_the_map_of_a_mirrored_scan_is_the_mirrored_map(kind: str, axis: int) ->
 @pytest.mark.parametrize(
     ("strides", "shape"), [("even", (45, 33, 27)), ("anisotropic", (32, 25, 17))]
 )
-def test_windows_of_a_local_map_are_the_whole_of_it(
-    strides: str, shape: tuple[int, int, int]
-) -> None:
+def test_windows_of_a_local_map_cover_all_of_it(strides: str, shape: tuple[int, int, int]) -> None:
     volume = noise_volume(shape)
     attention = KINDS["grid gates"]
     windowed = pooled(attention, STRIDES[strides])(volume, maps=True).maps

@@ -174,9 +174,7 @@ def test_a_series_without_a_frame_of_reference_is_refused(tmp_path: Path) -> Non
     def lost(number: int, one: Dataset) -> None:
         del one.FrameOfReferenceUID
 
-    with pytest.raises(
-        VolumeError, match="expected the tag FrameOfReferenceUID, to which a DICOM seg"
-    ):
+    with pytest.raises(VolumeError, match="a DICOM segmentation needs the tag FrameOfReferenceUID"):
         written(tmp_path, change=lost)
 
 
@@ -184,9 +182,7 @@ def test_headers_that_do_not_fit_are_refused_in_one_sentence(tmp_path: Path) -> 
     def odd(number: int, one: Dataset) -> None:
         one.PatientSex = "X"
 
-    with pytest.raises(
-        VolumeError, match="cannot be written as a DICOM segmentation, because of its"
-    ):
+    with pytest.raises(VolumeError, match="the headers of this series do not allow a DICOM seg"):
         written(tmp_path, change=odd)
     assert not (tmp_path / "seg.dcm").exists()
 

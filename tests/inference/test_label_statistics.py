@@ -17,7 +17,7 @@ CLASSES = Labelling({"background": 0, "kidney": 1, "tumour": 2})
 REGIONS = Labelling({"background": 0, "whole": 1, "core": 2}, {"whole": (1, 2), "core": (2,)})
 
 
-def test_two_voxels_by_hand() -> None:
+def test_statistics_of_two_voxels_equal_values_worked_out_by_hand() -> None:
     grid = Grid((2, 2, 1), affine_of("LPS", spacing=(1.0, 2.0, 5.0)))
     labels = np.array([[[1], [1]], [[0], [0]]], np.uint8)
     image = np.array([[[10.0], [14.0]], [[99.0], [99.0]]], np.float32)

@@ -121,7 +121,7 @@ def test_a_cohort_is_continued_only_with_the_same_models_and_settings(tmp_path: 
     assert json.loads((out / "a.json").read_text())["provenance"]["settings"]["skip_empty"] is False
 
 
-def test_labels_without_their_sidecar_are_no_finished_result(tmp_path: Path) -> None:
+def test_labels_without_their_json_file_count_as_unfinished(tmp_path: Path) -> None:
     inputs, out = find_inputs([scans_in(tmp_path / "in")], 2), tmp_path / "out"
     list(predict_files(predictor_of(), inputs, out=out))
     whole = everything(out)
@@ -129,7 +129,7 @@ def test_labels_without_their_sidecar_are_no_finished_result(tmp_path: Path) -> 
     (out / "b.nii.gz").unlink()  # as where the process was killed in between
     first, second, third = predict_files(predictor_of(), inputs, out=out)
     assert first.error is not None and first.error.endswith(
-        "a.nii.gz: exists already; pass --overwrite or name another --out"
+        "a.nii.gz: exists already; pass --overwrite or choose another --out"
     )
     assert second.written and third.kept is not None
     assert everything(out) == {name: whole[name] for name in whole if name != "a.json"}
@@ -153,7 +153,7 @@ def test_results_that_would_share_a_sidecar_are_refused(tmp_path: Path) -> None:
     first, second = predict_files(predictor_of(), inputs, out=tmp_path / "out")
     assert first.written and second.error is not None
     assert second.error.endswith(
-        f"is also the result of {paths[0]}; give one of them another --out"
+        f"would also be the prediction of {paths[0]}; give one of them another --out"
     )
 
 

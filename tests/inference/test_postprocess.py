@@ -83,7 +83,7 @@ def test_without_any_step_the_array_itself_is_returned() -> None:
 
 
 @pytest.mark.parametrize("labels", [line(0, 0), line(2, 0)])
-def test_a_class_that_is_not_there_is_no_obstacle(labels: ndarray) -> None:
+def test_post_processing_accepts_a_class_that_is_absent(labels: ndarray) -> None:
     assert_array_equal(apply(labels, True, [1, 7]), labels)
 
 

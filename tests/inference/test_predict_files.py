@@ -201,7 +201,7 @@ def test_presence_that_lies_there_is_kept_unless_it_may_be_overwritten(tmp_path:
     told.write_text("kept")
     predictor = predictor_of(MeanPoolingConfig())
     (refused,) = predict_files(predictor, inputs)
-    reason = f"{told}: exists already; pass --overwrite or name another --out"
+    reason = f"{told}: exists already; pass --overwrite or choose another --out"
     assert refused.error is not None and refused.error.endswith(reason)
     assert refused.written == () and refused.presence is None
     assert told.read_text() == "kept"
@@ -240,14 +240,14 @@ def test_maps_that_are_there_already_are_kept_unless_they_may_be_overwritten(
     told.write_text("precious")
     (outcome,) = predict_files(predictor, inputs, maps=told.parent)
     assert outcome.error is not None and outcome.error.endswith(
-        "scan_maps.json: exists already; pass --overwrite or name another --out"
+        "scan_maps.json: exists already; pass --overwrite or choose another --out"
     )
     assert told.read_text() == "precious"
     (outcome,) = predict_files(predictor, inputs, maps=told.parent, overwrite=True)
     assert outcome.error is None and told.read_text() != "precious"
 
 
-def test_hidden_files_of_a_folder_are_no_volumes(tmp_path: Path) -> None:
+def test_hidden_files_of_a_folder_are_ignored(tmp_path: Path) -> None:
     for name in ("a.nii.gz", "._a.nii.gz"):
         noise_at(tmp_path / name)
     assert [found.name for found in find_inputs([tmp_path], 1)] == ["a"]
@@ -399,7 +399,7 @@ def test_no_file_has_to_be_renamed(tmp_path: Path, caplog: pytest.LogCaptureFixt
     outcomes = list(predict_files(predictor_of(None), find_inputs([folder], 1)))
     refused = [outcome.error for outcome in outcomes if outcome.error]
     assert refused == [
-        f"{folder}/12:30.nii.gz: {folder}/12-30_seg.nii.gz: is also the result of "
+        f"{folder}/12:30.nii.gz: {folder}/12-30_seg.nii.gz: would also be the prediction of "
         f"{folder}/12-30.nii.gz; give one of them another --out"
     ]
     assert [record.message for record in caplog.records if "becomes" in record.message] == [
@@ -419,7 +419,7 @@ def test_a_file_whose_name_leads_upwards_keeps_its_result_in_the_folder(tmp_path
     assert outcome.error is None and names_in(tmp_path / "out") == ["--.json", "--.nii.gz"]
 
 
-def test_results_beside_the_inputs_of_a_folder_are_no_inputs(tmp_path: Path) -> None:
+def test_results_beside_the_inputs_of_a_folder_are_not_read_as_inputs(tmp_path: Path) -> None:
     folder = scans_in(tmp_path, "ab")
     list(predict_files(predictor_of(None), find_inputs([folder], 1), probabilities=True))
     found = find_inputs([folder], 1)
@@ -446,7 +446,7 @@ def test_shards_share_the_inputs_and_leave_none_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/0", "a/b", "-1/2"])
-def test_a_shard_that_is_none_is_refused(text: str) -> None:
+def test_a_malformed_shard_is_refused(text: str) -> None:
     assert parse_shard("2/8") == (2, 8)
     with pytest.raises(ConfigError, match=r"expected I/N with I from 1 to N, such as 2/8"):
         parse_shard(text)
@@ -459,7 +459,7 @@ def test_two_inputs_of_one_name_do_not_take_each_others_place(tmp_path: Path) ->
     )
     assert outcomes[0].written and outcomes[1].error is not None
     assert outcomes[1].error.endswith(
-        f"is also the result of {folders[0] / 'a.nii.gz'}; give one of them another --out"
+        f"would also be the prediction of {folders[0] / 'a.nii.gz'}; give one of them another --out"
     )
 
 
@@ -472,7 +472,7 @@ def test_no_result_takes_the_place_of_another_input(tmp_path: Path) -> None:
     assert paths[1].read_bytes() == before
 
 
-def test_outcomes_keep_the_order_of_inputs_and_failures_stop_none(
+def test_outcomes_keep_the_order_of_inputs_and_a_failure_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = scans_in(tmp_path / "in")

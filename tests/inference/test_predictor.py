@@ -416,7 +416,7 @@ def test_presence_in_2d_is_the_maximum_over_slices() -> None:
     assert_allclose(list(presence.values()), torch.sigmoid(highest).numpy(), rtol=1e-5)
 
 
-def test_presence_is_the_same_beside_maps_and_changes_none_of_them() -> None:
+def test_presence_is_the_same_with_maps_and_does_not_change_them() -> None:
     volume = noise_volume((12, 8, 13))
     model = headed_model()
     predictor = Predictor(model)

@@ -242,7 +242,7 @@ def test_a_python_must_be_new_enough(tmp_path: Path) -> None:
         find_python(str(tmp_path / "missing"), VARIABLES)
 
 
-def test_the_steps_of_an_installation(tmp_path: Path) -> None:
+def test_an_installation_runs_its_steps_in_order(tmp_path: Path) -> None:
     venv, torch, package, mark = install_steps("py", tmp_path, "segkit[openvino]", cpu_only=True)
     assert venv == ["py", "-m", "venv", "--clear", str(tmp_path)]
     assert torch[-3:] == ["torch", "--index-url", "https://download.pytorch.org/whl/cpu"]

@@ -151,7 +151,7 @@ def test_channels_are_saved_under_segkits_names(
         logic.exportVolumes(nodes, tmp_path)
 
 
-def test_what_goes_wrong_is_a_sentence_and_leaves_no_files(
+def test_a_failed_command_gives_a_sentence_and_leaves_no_files(
     panel: Any, slicer: MagicMock, tmp_path: Path
 ) -> None:
     panel.onApply()

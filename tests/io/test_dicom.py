@@ -176,7 +176,7 @@ def test_copies_of_a_slice_count_once_and_another_image_of_its_uid_is_refused(fo
     changed[-1] ^= 1  # a pixel
     (folder / "copy 0.dcm").write_bytes(changed)
     with pytest.raises(
-        VolumeError, match=r"has the same SOP Instance UID as .* but is another image"
+        VolumeError, match=r"has the same SOP Instance UID as .* but a different image"
     ):
         read(folder)
 

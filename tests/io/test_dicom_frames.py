@@ -47,7 +47,7 @@ def test_an_enhanced_file_of_one_frame_has_its_place(tmp_path: Path) -> None:
     assert_allclose(read_volume(tmp_path).grid.affine, grid.affine, atol=1e-4)
 
 
-def test_an_enhanced_file_is_an_input_by_itself_and_a_slice_is_none(tmp_path: Path) -> None:
+def test_an_enhanced_file_is_an_input_but_a_single_slice_is_not(tmp_path: Path) -> None:
     path = write_enhanced(tmp_path / "a" / "scan.dcm", STORED, GRID)
     write_enhanced(tmp_path / "a" / "other.dcm", STORED, GRID)
     (source,) = find_inputs([path], 1)
@@ -71,7 +71,7 @@ def test_a_series_of_one_place_twice_names_the_frames(tmp_path: Path) -> None:
         read_volume(path)
 
 
-def test_frames_whose_places_are_not_told_are_refused(tmp_path: Path) -> None:
+def test_frames_without_positions_are_refused(tmp_path: Path) -> None:
     def bare(file: Dataset) -> None:
         del file.PerFrameFunctionalGroupsSequence
 

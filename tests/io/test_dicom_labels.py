@@ -136,9 +136,7 @@ def test_a_name_that_is_written_out_wins_over_a_pattern() -> None:
     )
     assert rules.chosen(["Lung Tumour ", "lung left"]) == {"lung": [1], "tumour": [0]}
     both = StructureRules({"a": ("x*",), "b": ("*y",)}, {"a": 1, "b": 2})
-    with pytest.raises(
-        VolumeError, match="the structure xy would belong to a and to b; give its whole name to"
-    ):
+    with pytest.raises(VolumeError, match="the patterns of a and b both match the structure xy"):
         both.chosen(["xy"])
 
 
@@ -150,10 +148,10 @@ def test_brackets_in_names_of_structures_are_no_wildcards() -> None:
 @pytest.mark.parametrize(
     ("z", "kind", "words"),
     [
-        (2.4, "CLOSED_PLANAR", r"a contour 0\.4 of a slice distance off the nearest slice"),
+        (2.4, "CLOSED_PLANAR", r"a contour between two slices, 0\.4 of a slice distance"),
         (7, "CLOSED_PLANAR", "a contour 2 slices beyond the series; complete the series"),
         (-1, "CLOSED_PLANAR", "a contour 1 slices beyond the series; complete the series"),
-        (2, "POINT", "a contour of the kind POINT, expected CLOSED_PLANAR; leave it out"),
+        (2, "POINT", "a contour of the kind POINT, but segkit fills only CLOSED_PLANAR; leave"),
     ],
 )
 def test_contours_that_do_not_lie_on_slices_are_refused(
@@ -186,11 +184,11 @@ def test_contours_of_no_structure_are_refused(series: Path, tmp_path: Path) -> N
         read_label_values(path, rules=rules_of(path, series, {"a": ["a"]}))
 
 
-def test_structures_are_refused_where_nothing_says_what_they_are(
+def test_structures_without_rules_for_their_classes_are_refused(
     series: Path, tmp_path: Path
 ) -> None:
     path = write_structures(tmp_path / "RS.dcm", next(series.iterdir()), {"a": []})
-    with pytest.raises(VolumeError, match=r"say which structures are what, by data\.dicom\.struct"):
+    with pytest.raises(VolumeError, match=r"name its structures with data\.dicom\.struct"):
         read_label_values(path)
 
 

@@ -49,7 +49,7 @@ def test_names_that_windows_cannot_write_are_no_file_names(name: str) -> None:
         ("患者 一", "患者 一"),
     ],
 )
-def test_only_what_no_file_can_be_called_changes_in_a_name(name: str, safe: str) -> None:
+def test_only_characters_that_file_names_cannot_have_are_replaced(name: str, safe: str) -> None:
     assert safe_name(name) == safe
     assert safe_name(safe) == safe and is_file_name(safe)
 

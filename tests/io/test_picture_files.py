@@ -408,7 +408,7 @@ def test_pictures_that_cannot_be_labels_are_refused_in_one_sentence(tmp_path: Pa
             read_labels(path, rules=PictureRules(colours=colours))
 
 
-def test_png_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+def test_png_refuses_values_that_it_cannot_hold(tmp_path: Path) -> None:
     grid = Grid((2, 2, 1), np.diag([-1.0, -1, 1, 1]))
     facts = PictureFacts("mm", "a test")
     refused = {

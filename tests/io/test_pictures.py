@@ -99,7 +99,7 @@ def test_an_outline_is_the_rim_of_each_class() -> None:
     assert np.array_equal(outline(labels), expected)
 
 
-def test_what_is_predicted_is_tinted_and_the_reference_has_its_colour() -> None:
+def test_predicted_areas_are_tinted_and_references_outlined() -> None:
     bare = np.full((20, 20, 3), 100, np.uint8)
     predicted, reference = np.zeros((10, 10), np.uint8), np.zeros((10, 10), np.uint8)
     predicted[:, :2] = 3

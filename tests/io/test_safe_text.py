@@ -256,7 +256,7 @@ def test_a_measurement_of_another_kind_is_refused(tmp_path: Path, run: Run, cont
     assert run(*words)[0] == 0
     (path,) = (tmp_path / ".cache").glob("case_2-*.json")
     path.write_text(content)
-    refused(run(*words, "--overwrite"), "expected the measurement of case_2.*delete the file")
+    refused(run(*words, "--overwrite"), "the stored measurement of case_2.*delete the file")
 
 
 # Models
@@ -468,11 +468,11 @@ def test_a_volume_that_would_outgrow_free_memory_is_refused(
         return found.grid.shape
 
     for spacing in (1e-300, 1e-6):
-        with pytest.raises(VolumeError, match=r"voxels there, which need .* check both spacings"):
+        with pytest.raises(VolumeError, match=r"voxels, which need .* check the spacing"):
             prepared(spacing)
     monkeypatch.setattr(preprocess, "free_memory", lambda: 4 * 4 * 5 * 6)
     assert prepared(1.0) == (4, 5, 6)
-    with pytest.raises(VolumeError, match="check both spacings"):
+    with pytest.raises(VolumeError, match="check the spacing"):
         prepared(0.99)
 
 
@@ -671,7 +671,7 @@ def test_the_error_for_half_a_file_names_the_place(tmp_path: Path, text: str, re
         ("a: 1\n---\nb: 2\n", "line 2: a second document begins with '---'"),
     ],
 )
-def test_what_is_wrong_with_yaml_is_told_with_its_line(text: str, told: str) -> None:
+def test_an_error_in_yaml_is_reported_with_its_line(text: str, told: str) -> None:
     with pytest.raises(ValueError) as refusal:
         parse_yaml(text)
     assert str(refusal.value).startswith(told) and "\n" not in str(refusal.value)

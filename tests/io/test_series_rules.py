@@ -44,6 +44,6 @@ def test_a_lone_uid_is_a_uid_and_nothing_is_no_rule() -> None:
     "words",
     [["thorax"], ["modality="], ["slices=many"], ["1.2.3", "modality=CT"], ["modality=CT"] * 2],
 )
-def test_words_that_are_no_condition_are_refused_with_those_there_are(words: list[str]) -> None:
+def test_unknown_conditions_of_series_are_refused_with_the_known_ones(words: list[str]) -> None:
     with pytest.raises(VolumeError, match=r"expected a UID, modality=CT, description=\*thorax\*"):
         parse_series(words)

@@ -54,8 +54,8 @@ def test_json_of_another_kind_is_no_spacing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spacing", ['[1, "2"]', "[0, 1, 1]", "[1]", "3"])
-def test_a_spacing_that_is_none_is_refused(spacing: str, tmp_path: Path) -> None:
+def test_a_malformed_spacing_is_refused(spacing: str, tmp_path: Path) -> None:
     path = stack(tmp_path)
     (tmp_path / "cell.json").write_text(f'{{"spacing": {spacing}}}')
-    with pytest.raises(VolumeError, match=r"cell\.json: expected in spacing the distances of slic"):
+    with pytest.raises(VolumeError, match=r"cell\.json: expected spacing to hold the distances"):
         read_grid(path)

@@ -53,14 +53,14 @@ def test_an_address_means(text: str | Path, meant: HubAddress | ArchiveAddress |
         ("hf:a/b@x/../y", "expected hf:OWNER/NAME"),
         ("hf:a--x/b", "expected hf:OWNER/NAME"),
         ("hf:a/b c", "expected hf:OWNER/NAME"),
-        ("https://huggingface.co/a/b", "name the model hf:a/b"),
-        ("https://huggingface.co/a/b/tree/main", "name the model hf:a/b"),
-        ("https://huggingface.co/", "name the model hf:OWNER/NAME"),
+        ("https://huggingface.co/a/b", "write hf:a/b"),
+        ("https://huggingface.co/a/b/tree/main", "write hf:a/b"),
+        ("https://huggingface.co/", "write hf:OWNER/NAME"),
         ("https://a.org/m.zip#sha256=12", "expected #sha256= and 64 hexadecimal digits"),
         ("https://a.org/m.zip#md5=12", "expected #sha256= and 64 hexadecimal digits"),
     ],
 )
-def test_what_is_almost_an_address_is_refused(text: str, sentence: str) -> None:
+def test_a_malformed_address_is_refused(text: str, sentence: str) -> None:
     with pytest.raises(ModelError, match=sentence):
         parse_address(text)
 

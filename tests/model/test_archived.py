@@ -97,8 +97,8 @@ def test_zips_that_are_no_models_are_refused_and_nothing_is_kept(files: dict[str
     }
     with file_server(served) as (url, _):
         for path, sentence in {
-            "/empty.zip": r"expected a run or a model folder with model\.json in it, found none",
-            "/two.zip": "found 2; pack one model",
+            "/empty.zip": r"expected one run or model folder with model\.json in it, found none",
+            "/two.zip": "found 2; pack exactly one model",
             "/outside.zip": "found '../outside.txt', which would lie outside the folder",
             "/absolute.zip": "found '/tmp/x', which would lie outside the folder",
             "/page": "expected a zip with a model, found a web page",

@@ -215,7 +215,7 @@ def test_channels_are_squeezed_by_the_reduction_but_to_no_fewer_than_4(
         assert widths == [{width} for width in expected]
 
 
-def test_bam_squeezes_to_no_fewer_than_8_channels_which_convolutions_like() -> None:
+def test_bam_keeps_at_least_8_channels() -> None:
     for reduction, expected in ((1, [6, 16, 80]), (2, [6, 8, 40]), (16, [6, 8, 8])):
         attention = {"encoder": {"kind": "bam", "reduction": reduction}}
         found = attention_of(built(attention, channels=[6, 16, 80]))

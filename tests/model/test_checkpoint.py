@@ -106,7 +106,7 @@ def test_the_description_is_there_before_the_first_step(dataset: Path, tmp_path:
     with pytest.raises(StoppedError):
         trained(dataset, tmp_path, Scripted(), [StopAfter(1)], steps=4, validate_every=4)
     assert (tmp_path / "small" / "model" / "model.json").is_file()
-    with pytest.raises(ModelError, match=r"expected best.ckpt, found none; name a run that has"):
+    with pytest.raises(ModelError, match=r"expected best.ckpt, found none; choose a run that has"):
         load_model(tmp_path / "small", checkpoint="best")
 
 

@@ -131,7 +131,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
 def test_a_description_of_another_kind_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path, small_model())
     change(tmp_path, format=2)
-    with pytest.raises(ModelError, match=r"format is 2.*another version of segkit"):
+    with pytest.raises(ModelError, match=r"format is 2.*use the version of segkit that wrote"):
         load_model(tmp_path)
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(ModelError, match=r"model\.json: cannot be read"):

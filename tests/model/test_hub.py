@@ -101,12 +101,12 @@ def test_a_file_that_differs_from_its_checksum_is_refused(
     hub.put_folder("clinic/brains", tmp_path)
     content = (tmp_path / file).read_bytes()
     hub.falsified[file] = content[:-1] + bytes([content[-1] ^ 1])
-    with pytest.raises(ModelError, match=f"{file} differs from the published one: expected"):
+    with pytest.raises(ModelError, match=f"{file} differs from the published file: expected"):
         load_model("hf:clinic/brains")
     assert not list((user_cache() / "models").rglob("model.json"))
 
 
-def test_what_is_wrong_with_an_address_is_said_in_one_sentence(
+def test_an_unusable_address_is_refused_in_one_sentence(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.put("clinic/other", {"pytorch_model.bin": b"x", "README.md": b"x"})
@@ -118,12 +118,12 @@ def test_what_is_wrong_with_an_address_is_said_in_one_sentence(
     for address, sentence in {
         "hf:clinic/none": "has no such repository, or it is private; check the name, or log in",
         "hf:clinic/secret": "has no such repository, or it is private",
-        "hf:clinic/terms": "open only to those who accept its terms; accept them at http",
+        "hf:clinic/terms": "requires you to accept its terms; accept them at http",
         "hf:clinic/other@v7": "has no revision v7; name a branch, a tag or a whole commit",
-        "hf:clinic/other": "expected a model of segkit with model.json, found README.md, pytorch",
+        "hf:clinic/other": "expected a segkit model with model.json, found README.md, pytorch",
         "hf:brains": "expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION",
         "hf:clinic/../brains": "expected hf:OWNER/NAME",
-        f"{hub.url}/clinic/terms/tree/main": "is a page of a model hub, .* hf:clinic/terms",
+        f"{hub.url}/clinic/terms/tree/main": "found a page of a model hub; write hf:clinic/terms",
     }.items():
         with pytest.raises(ModelError, match=sentence):
             load_model(address)

@@ -49,7 +49,7 @@ def test_a_channel_keeps_its_kernels_by_its_name(
     assert list(sources) == channels
 
 
-def test_where_each_kernel_comes_from_is_said() -> None:
+def test_the_origin_of_each_kernel_is_reported() -> None:
     words = {"mean": "the mean of all", "copied": "those of T1", "zero": "zero", "anew": "new ones"}
     for other_channels, word in words.items():
         assert fitted(["FLAIR", "CT"], other_channels)[1] == {

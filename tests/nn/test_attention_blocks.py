@@ -133,7 +133,7 @@ def test_fused_attention_is_counted_as_its_two_products() -> None:
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_what_lies_outside_attention_is_the_plain_network(spatial_dims: int) -> None:
+def test_the_part_outside_attention_equals_the_plain_network(spatial_dims: int) -> None:
     attention = {name: kind for name, kind in EVERYWHERE.items() if name != "head"}
     network, plain = network_of(attention, spatial_dims), network_of({}, spatial_dims)
     image = image_of(spatial_dims)

@@ -84,7 +84,7 @@ def test_a_last_layer_of_zeros_halves_the_features(kind: str, space: tuple[int, 
 
 @pytest.mark.parametrize("kind", CHANNEL_MAPS)
 @pytest.mark.parametrize("space", SPACES)
-def test_a_channel_map_does_not_see_where_the_voxels_lie(kind: str, space: tuple[int, ...]) -> None:
+def test_a_channel_map_ignores_the_order_of_voxels(kind: str, space: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     attention = CHANNEL_MAPS[kind](len(space))
     features = uneven_features(*space)
@@ -235,7 +235,7 @@ def test_shares_of_the_context_sum_to_1_and_weigh_its_mean(space: tuple[int, ...
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_the_context_does_not_see_where_the_voxels_lie(space: tuple[int, ...]) -> None:
+def test_the_global_context_ignores_the_order_of_voxels(space: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     pooling = ContextPooling(len(space), 8)
     features = uneven_features(*space)

@@ -53,7 +53,7 @@ def test_a_field_of_coordinates_has_the_values_of_its_placement(name: str) -> No
     # The middle of each input cell, which has its value, lies at output s j + (k - 1) / 2 - p.
     [(2, 2, 0, (0.5, -0.25)), (3, 2, 1, (0.5, 0.0)), (4, 4, 0, (0.25, -0.375))],
 )
-def test_transposed_convolutions_place_their_cells_by_the_middle_of_what_they_write(
+def test_transposed_convolutions_place_cells_in_the_middle_of_their_outputs(
     kernel: int, stride: int, padding: int, expected: tuple[float, float]
 ) -> None:
     image = torch.zeros(1, 1, 8)
@@ -81,7 +81,7 @@ def test_tokens_are_followed_and_come_back_to_their_grid() -> None:
     assert follower.of(shuffled) is None
 
 
-def test_what_is_lost_is_found_again_by_a_shortcut_and_the_skip_decides() -> None:
+def test_a_lost_placement_returns_with_a_shortcut_and_the_skip_decides() -> None:
     image = torch.zeros(1, 2, 8, 8)
     with Follower(image) as follower:
         windows = image.view(1, 2, 2, 4, 2, 4).permute(0, 1, 2, 4, 3, 5)

@@ -239,17 +239,17 @@ def test_skips_are_chosen_by_name_and_a_gate_is_that_of_its_formula() -> None:
         torch.testing.assert_close(maps["skip.0/gate"].mean(), expected.float())
 
 
-def test_what_cannot_be_gated_is_refused_and_stays_as_it_was() -> None:
+def test_a_network_that_cannot_be_gated_is_refused_and_unchanged() -> None:
     network = dyn_unet().eval()
     with pytest.raises(ModelError, match=r"found upsamples\.7$"):
         gate(network, IMAGE, skips=["upsamples.0", "upsamples.7"])
-    with pytest.raises(ModelError, match="found no module in which a skip joins"):
+    with pytest.raises(ModelError, match="found no skip connection to gate"):
         gate(nn.Sequential(nn.Conv2d(1, 2, 1)), IMAGE)
-    with pytest.raises(ModelError, match="no multiple of the"):
+    with pytest.raises(ModelError, match="not a multiple of the"):
         gate(BasicUNet(2, 1, 2, features=(4,) * 6), torch.zeros(1, 1, 36, 36))
     assert not any(isinstance(module, OpenGate) for module in network.modules())
     gate(network, IMAGE)
-    with pytest.raises(ModelError, match="has a gate of segkit already"):
+    with pytest.raises(ModelError, match="has a segkit gate already"):
         gate(network, IMAGE)
     smp, image, _ = built("smp")
     assert torch.isfinite(smp(image[..., :24])).all()
@@ -267,7 +267,7 @@ class Shuffled(SmpUnet):
 def test_a_skip_that_cannot_be_followed_needs_a_placement() -> None:
     torch.manual_seed(0)
     network = Shuffled().eval()
-    with pytest.raises(ModelError, match=r"blocks\.0: cannot follow from the input where"):
+    with pytest.raises(ModelError, match=r"blocks\.0: the position of this skip's features"):
         gate(network, IMAGE)
     gate(network, IMAGE, placements={"blocks.0": Placement((4, 4), (1, 1))})
     assert maps_of(network)["skip.1/gate"].placement == Placement((8, 8), (3, 3))

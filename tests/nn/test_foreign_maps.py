@@ -72,7 +72,7 @@ def test_gates_of_monais_attention_unet_are_read_and_can_be_changed() -> None:
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_attention_is_what_each_key_receives_whatever_kernel_computes_it(inference: bool) -> None:
+def test_recorded_attention_is_the_same_for_every_kernel(inference: bool) -> None:
     torch.manual_seed(0)
     network = Tokens().eval()
     with torch.inference_mode(inference):
@@ -147,7 +147,7 @@ class Fused(nn.Module):
         return mixed[:, 0].transpose(1, 2).reshape(image.shape)
 
 
-def test_what_cannot_be_read_is_refused_by_name() -> None:
+def test_a_module_without_readable_attention_is_refused_by_name() -> None:
     network = Tokens().eval()
     for names, reason in (
         (["nothing"], "expected names of modules, found nothing"),
@@ -164,10 +164,10 @@ def test_what_cannot_be_read_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match=r"0\.softmax: this Softmax is not called.*; 0 computes"):
         record(fused, small, ["0.softmax"])
     twice = nn.Sequential(shared := nn.Sigmoid(), nn.ReLU(), shared)
-    with pytest.raises(ModelError, match="0: this Sigmoid is called 2 times in a run"):
+    with pytest.raises(ModelError, match="0: this Sigmoid is called 2 times in one run"):
         record(twice, IMAGE, ["0"])
     rolled = nn.Sequential(Rolled(), nn.Sigmoid())
-    with pytest.raises(ModelError, match=r"1: cannot follow from the input where the cells"):
+    with pytest.raises(ModelError, match=r"1: the positions of its output's cells"):
         record(rolled, IMAGE, ["1"])
     place = Placement((1, 1), (0, 0))
     assert record(rolled, IMAGE, ["1"], placements={"1": place})["1/spatial"].placement == place

@@ -217,7 +217,7 @@ def test_a_gradient_in_any_order_is_the_same(last: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_features_in_neither_order_are_normalised_too() -> None:
+def test_features_in_another_memory_order_are_also_normalised() -> None:
     features = torch.randn(2, 6, 7, 4, 5, device=DEVICE).permute(0, 3, 1, 4, 2)
     weight, bias = parameters(4)
     gradient = torch.randn(2, 4, 6, 5, 7, device=DEVICE)

@@ -96,7 +96,7 @@ def test_without_a_map_only_a_bias_is_added() -> None:
         assert torch.equal(block(features), features)
 
 
-def test_it_starts_with_a_hundredth_of_what_it_adds() -> None:
+def test_large_kernel_attention_starts_with_a_scale_of_a_hundredth() -> None:
     torch.manual_seed(0)
     block = LargeKernelAttention(3, 8)
     assert (block.scale.weight == 0.01).all()

@@ -269,7 +269,7 @@ def test_generalised_dice_is_one_of_a_large_structure_that_is_missed() -> None:
     assert_close(loss([0 * logits], label), torch.tensor(0.5))
 
 
-def test_generalised_dice_counts_what_is_found_of_an_absent_class_like_the_smallest_class() -> None:
+def test_generalised_dice_gives_an_absent_class_the_weight_of_the_smallest() -> None:
     # 6 voxels of background, 2 of class 1, none of class 2, all probabilities 1/3. Weights are 1/9,
     # 1 and 1: 2 (6/9 + 2) / 3 over (8/3 + 6)/9 + (8/3 + 2) + 8/3.
     label = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]).view(1, 8, 1)
@@ -288,7 +288,7 @@ def test_the_boundary_of_an_empty_or_full_label_is_beyond_reach(
     assert_close(alone("boundary", (1.0, 1.0))([logits], label), torch.tensor(expected))
 
 
-def test_the_boundary_of_what_is_ignored_is_none() -> None:
+def test_the_boundary_beside_ignored_voxels_does_not_count() -> None:
     # Columns 0 to 3 are the structure, 4 and 5 are ignored: its surface may be anywhere there.
     label = torch.tensor([1, 1, 1, 1, 7, 7]).view(1, 6, 1)
     loss = alone("boundary", (1.0, 1.0), ignore=7)([torch.zeros(1, 2, 6, 1)], label)

@@ -100,7 +100,7 @@ def test_a_network_of_them_keeps_the_laws_of_networks(spatial_dims: int, downsam
             assert parameter.grad is not None and parameter.grad.any(), name
 
 
-def test_attention_lies_where_it_lies_among_convolutions() -> None:
+def test_mednext_has_the_same_attention_maps_as_convolutions() -> None:
     networks = [network_of({"skip": "additive_grid"}, 3, block=one) for one in ("mednext", MEDNEXT)]
     plain = network_of({"skip": "additive_grid"}, 3)
     for network in networks:
@@ -120,7 +120,7 @@ def test_its_normalisation_can_be_fused_and_is_that_of_the_network() -> None:
     assert not any(isinstance(module, nn.GroupNorm) for module in batch.modules())
 
 
-def test_it_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mednext_network_can_be_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     network = network_of({}, 3, block=MEDNEXT)
     exported = torch.export.export(network, (image_of(3),))

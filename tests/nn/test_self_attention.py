@@ -119,7 +119,7 @@ def test_the_order_of_the_voxels_matters_if_and_only_if_positions_are_told(
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_additive_attention_does_not_see_where_the_voxels_lie(space: tuple[int, ...]) -> None:
+def test_additive_attention_ignores_the_order_of_voxels(space: tuple[int, ...]) -> None:
     block = additive()
     features = features_of(2, 6, *space)
     assert_close(shuffled(block(features)), block(shuffled(features)))

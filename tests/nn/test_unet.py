@@ -373,7 +373,9 @@ def test_a_state_dict_carries_the_whole_network() -> None:
 
 
 @pytest.mark.parametrize("kind", GATE_KINDS)
-def test_a_sample_alone_gives_what_it_gives_in_a_batch(kind: GateKind) -> None:
+def test_a_sample_gives_the_same_output_in_a_batch_of_one_and_in_a_larger_batch(
+    kind: GateKind,
+) -> None:
     network = gated_unet(kind).train()
     image = image_of(3, 1, 8, 16)
     together = network(image)

@@ -72,7 +72,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # What is measured
 
 
-def test_statistics_worked_by_hand_with_each_case_counting_alike(tmp_path: Path) -> None:
+def test_statistics_equal_values_by_hand_and_every_case_has_the_same_weight(tmp_path: Path) -> None:
     # The foreground of one case is 1 and 3, of the other a single 10; 9 and 7 are background.
     ada = write_case(tmp_path, "ada", [line(1, 9, 3, 7)], line(1, 0, 2, 0))
     ben = write_case(tmp_path, "ben", [line(9, 10, 7, 7)], line(0, 1, 0, 0))
@@ -180,7 +180,7 @@ def test_a_plan_is_made_of_a_fingerprints_numbers(three: Dataset, tmp_path: Path
 # How it is measured
 
 
-def test_several_processes_measure_what_one_does(three: Dataset, tmp_path: Path) -> None:
+def test_several_processes_measure_the_same_as_one(three: Dataset, tmp_path: Path) -> None:
     alone = fingerprint(three, cache=tmp_path / "alone", workers=1)
     shared = fingerprint(three, cache=tmp_path / "shared", workers=2)
     assert shared == alone
@@ -190,7 +190,7 @@ def test_several_processes_measure_what_one_does(three: Dataset, tmp_path: Path)
     assert names[0] == names[1] and len(names[0]) == 3
 
 
-def test_what_was_measured_is_not_read_again(
+def test_measured_cases_are_not_read_again(
     three: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = count_reads(monkeypatch)
@@ -214,7 +214,7 @@ def test_a_changed_file_is_measured_again(
     assert reads == ["ben"]
 
 
-def test_work_that_was_broken_off_goes_on_where_it_was(
+def test_stopped_measurements_continue_without_measuring_cases_again(
     three: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dies_at_ben(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:

@@ -30,7 +30,7 @@ def dataset(tmp_path: Path) -> Path:
     return small_dataset(tmp_path / "data set", num_cases=5)
 
 
-def test_what_is_written_is_what_was_planned(dataset: Path, tmp_path: Path) -> None:
+def test_the_written_config_equals_the_plan(dataset: Path, tmp_path: Path) -> None:
     planned = plan_dataset(dataset, cache=tmp_path / "cache", device="cpu")
     path = tmp_path / "plan.yaml"
     path.write_text(planned.text)
@@ -307,7 +307,7 @@ def test_validations_take_a_tenth_of_the_time_and_everything_fits(
     assert 1 <= schedule.validate_every <= schedule.steps
 
 
-def test_steps_take_what_preparing_validating_and_scoring_leave() -> None:
+def test_steps_get_the_time_left_by_preparing_validating_and_scoring() -> None:
     # 10 validations of 2 cases of 1 s, 2 s of scoring and 30 s of preparing leave 548 s.
     schedule = schedule_within(10.0, seconds_per_step=0.5, seconds_per_case=1.0, held_out=2)
     assert (schedule.steps, schedule.validation_cases) == (1096, None)

@@ -77,7 +77,7 @@ def test_the_initial_patch_is_isotropic_in_millimetres_and_cut_to_the_median() -
     assert initial_patch((1.0, 4.0), (9999.0, 9999.0)) == (4096, 1024)
 
 
-def test_topology_worked_by_hand_for_an_axis_six_times_as_coarse() -> None:
+def test_the_topology_for_an_axis_six_times_as_coarse_equals_one_by_hand() -> None:
     found = topology((0.6, 0.6, 3.6), (300, 310, 18))
     # mm   .6 .6 3.6 | 1.2 1.2 3.6 | 2.4 2.4 3.6 | 4.8 4.8 7.2 | 9.6 9.6 14.4 | 19.2 19.2 14.4 | …
     # size 300 310 18| 150 155 18  | 75 78 18    | 38 39 9     | 19 20 5      | 10 10 5        | 5 5
@@ -134,7 +134,7 @@ def test_widths_double_up_to_nnunets_largest() -> None:
     assert widths(3, spatial_dims=3, start=8) == (8, 16, 32)
 
 
-def test_activations_of_a_tiny_network() -> None:
+def test_activations_of_a_tiny_network_equal_a_count_by_hand() -> None:
     # 64 and 16 cells. Down 2 * 2 * 64 + 2 * 4 * 16, up 3 * 2 * 64, head 3 * 64.
     found = activations(channels=(2, 4), strides=((2, 2),), patch_size=(8, 8), num_classes=3)
     assert found == 256 + 128 + 384 + 192

@@ -198,9 +198,7 @@ def test_a_2d_network_sees_the_planes_across_the_coarsest_axis(
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (9.0, 1.0, 1.0), (0.1, 1.0, 1.0)])
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_an_axis_of_one_voxel_is_no_axis_whatever_the_header_says(
-    axis: int, spacing: Triple
-) -> None:
+def test_the_spacing_of_an_axis_of_one_voxel_is_ignored(axis: int, spacing: Triple) -> None:
     x, y, z = (1 if each == axis else 96 for each in range(3))
     planes = alike((x, y, z), spacing, 20)
     plan = plan_for_memory(planes, spatial_dims=2)
@@ -245,7 +243,7 @@ def test_the_patch_that_memory_allows_decides_the_number_of_stages() -> None:
     assert large.low_resolution.spacing == low.spacing
 
 
-def test_a_coarser_grid_is_one_at_which_the_patch_of_the_time_holds_a_quarter_of_an_image() -> None:
+def test_on_the_coarser_grid_the_patch_holds_a_quarter_of_an_image() -> None:
     brain = alike((140, 170, 140), (1.0, 1.0, 1.0), 25)
     steps = Steps(10_000, 4000, 1200)
     plan = coarse_plan_for_time(brain, minutes=5.0, steps=steps, multiply_adds_per_second=1e10)

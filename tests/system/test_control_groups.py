@@ -90,7 +90,7 @@ def test_quotas_of_cores_and_limits_of_memory_can_lie_in_two_groups(linux: Path)
 
 
 @pytest.mark.parametrize("content", ["", "nonsense", "100000", "0 100000", "100000 0", "1 2 3"])
-def test_a_file_that_says_no_quota_is_no_limit(content: str, linux: Path) -> None:
+def test_a_file_without_a_quota_sets_no_limit(content: str, linux: Path) -> None:
     write_group(lies_in(linux, "0::/\n", VERSION_2), cpu_max=content)
     assert quota_of_cores() is None
 

@@ -36,7 +36,9 @@ def test_free_memory_is_what_linux_leaves_without_control_groups(
     assert free_memory() == 4 * 1024**3
 
 
-def test_a_container_of_version_2_leaves_its_limit_less_what_cannot_be_dropped(linux: Path) -> None:
+def test_a_container_of_version_2_leaves_its_limit_minus_memory_that_cannot_be_freed(
+    linux: Path,
+) -> None:
     top = lies_in(linux, "0::/\n", VERSION_2)
     write_group(top, memory_max="max", memory_stat={"anon": 1000, "file": 5000})
     assert free_memory() == AVAILABLE
@@ -62,7 +64,7 @@ def test_the_tightest_limit_along_the_path_counts_in_version_2(linux: Path, tigh
     assert free_memory() == 7000
 
 
-def test_a_limit_that_others_use_too_leaves_less_than_a_smaller_one(linux: Path) -> None:
+def test_a_large_limit_shared_with_others_may_leave_less_than_a_small_one(linux: Path) -> None:
     """A group of 10,000 bytes of which a neighbour holds 9,500 leaves less than one of 5,000."""
     top = lies_in(linux, "0::/user/session\n", VERSION_2)
     write_group(top / "user", memory_max=10_000, memory_stat={"anon": 9_500})
@@ -134,5 +136,5 @@ def test_a_group_without_statistics_counts_all_that_it_uses(linux: Path) -> None
 @pytest.mark.parametrize(
     ("count", "words"), [(1.234e9, "1.23 GB"), (56_789_000, "56.8 MB"), (1e9, "1.00 GB")]
 )
-def test_bytes_in_words(count: float, words: str) -> None:
+def test_a_number_of_bytes_is_written_with_a_fitting_unit(count: float, words: str) -> None:
     assert in_words(count) == words

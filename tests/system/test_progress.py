@@ -77,6 +77,33 @@ def test_the_start_of_processes_does_not_count_in_the_time_left(
         assert minutes == pytest.approx((400 - number) * 20 / workers / 60, rel=0.35, abs=1)
 
 
+class Terminal(io.StringIO):
+    """Text that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("file", "live"), [(io.StringIO, False), (Terminal, True)])
+def test_a_forced_colour_makes_no_terminal_of_a_file(
+    monkeypatch: pytest.MonkeyPatch, file: type[io.StringIO], live: bool
+) -> None:
+    """Notebooks set FORCE_COLOR: hundreds of frames of a bar stood in what a process printed."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    text = file()
+    console = Console(file=text, width=100)
+    assert console.is_terminal and progress.is_live(console) == live
+    assert list(Tracker(console)(range(4), "reading", 4)) == [0, 1, 2, 3]
+    assert bool(text.getvalue()) == live
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(20, "about 20 s"), (59, "about 59 s"), (90, "about 2 min")]
+)
+def test_less_than_a_minute_is_told_in_seconds(seconds: float, text: str) -> None:
+    assert progress.in_minutes(seconds) == text
+
+
 def test_a_program_is_told_the_share_that_is_done_and_the_seconds_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -146,7 +146,9 @@ def test_a_runs_held_out_cases_are_known_by_its_summary(low: Run, dataset: Path)
         assert len(model.held_out) == 1 and model.folder == low.folder / "model"
 
 
-def test_a_model_alone_held_nothing_out_that_is_known(dataset: Path, tmp_path: Path) -> None:
+def test_a_model_folder_without_its_run_has_no_known_held_out_cases(
+    dataset: Path, tmp_path: Path
+) -> None:
     save_model(tmp_path / "alone", described_model())
     (model,) = first_models([tmp_path / "alone"], read_dataset(dataset))
     assert model.held_out == frozenset()
@@ -177,7 +179,7 @@ def test_models_that_do_not_fit_are_refused(dataset: Path, tmp_path: Path) -> No
     (lung,) = first_models([tmp_path / "lung"], known)
     told = described(described_model().description, [lung])
     assert told.first_stage is not None and told.first_stage.classes == ["lung"]
-    with pytest.raises(ModelError, match=r"takes the channels CT, PET, but .* has MRI"):
+    with pytest.raises(ModelError, match=r"with the channels of .*, MRI, found CT, PET"):
         first_models([tmp_path / "ct"], known)
     with pytest.raises(ModelError, match="expected a run or a model folder"):
         first_models([tmp_path / "none"], known)
@@ -276,7 +278,7 @@ def test_a_second_stage_says_what_it_was_trained_on(stages: Stages) -> None:
     assert newest_model(stages.runs) == stages.second.folder / "model"
 
 
-def test_what_is_cached_is_what_the_first_stage_says(dataset: Path, stages: Stages) -> None:
+def test_cached_labels_equal_those_of_the_first_stage(dataset: Path, stages: Stages) -> None:
     images = [np.load(path) for path in (stages.runs / ".cache").glob("case_1-*/image.npy")]
     ((image, labels),) = [image for image in images if len(image) == 2]
     scan = read_volume(dataset / "imagesTr" / "case_1.nii.gz")
@@ -286,7 +288,7 @@ def test_what_is_cached_is_what_the_first_stage_says(dataset: Path, stages: Stag
     assert image.shape == scan.data.shape != plain.shape
 
 
-def test_the_folder_of_the_second_stage_predicts_alone(
+def test_the_folder_of_the_second_stage_predicts_without_other_folders(
     dataset: Path, stages: Stages, tmp_path: Path
 ) -> None:
     scan = read_volume(dataset / "imagesTr" / "case_1.nii.gz")
@@ -323,7 +325,7 @@ def test_a_second_stage_that_was_stopped_goes_on(
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-def test_check_says_what_a_second_stage_comes_to(stages: Stages) -> None:
+def test_check_counts_the_parameters_of_a_second_stage(stages: Stages) -> None:
     said = check(stages.second.folder / "config.yaml").text
     parameters = sum(weight.numel() for weight in stages.second.model.network.parameters())
     assert f"{parameters:,} parameters" in said

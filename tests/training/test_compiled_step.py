@@ -82,9 +82,9 @@ class Simulated:
 @pytest.mark.parametrize(
     ("compiled", "left", "tried", "kept", "told"),
     [
-        (0.5, WORTH_IT, True, True, "500 ms compiled and 1e+03 ms as usual; it stays compiled"),
+        (0.5, WORTH_IT, True, True, "500 ms compiled and 1e+03 ms uncompiled; it stays compiled"),
         (1.1 * GAIN, WORTH_IT, True, False, "it is no longer compiled"),
-        (0.5, WORTH_IT - 1, False, False, "not compiled: 599 s of training are left"),
+        (0.5, WORTH_IT - 1, False, False, "not compiled, because only 599 s of training"),
     ],
 )
 def test_auto_keeps_the_faster_way_if_there_is_time_to_find_out(
@@ -115,7 +115,7 @@ def test_a_step_that_cannot_be_compiled_runs_as_usual(
     for _ in range(2):
         assert float(step(torch.ones(2), torch.ones(3))[0]) == 5.0
     (told,) = (each.message for each in caplog.records if each.name == compiled_step.__name__)
-    assert "cannot compile this step, so it runs as usual" in told
+    assert "cannot compile this step, so it runs uncompiled" in told
     assert "there is no compiler" in told
 
 

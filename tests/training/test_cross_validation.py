@@ -146,7 +146,9 @@ def test_the_evidence_is_the_dice_of_the_predicted_labels_after_each_operation(
             assert told[operation][name]["ball"] == pytest.approx(dice, abs=1e-12)
 
 
-def test_what_the_evidence_favours_is_adopted_by_every_fold(finished: Path, tmp_path: Path) -> None:
+def test_every_fold_adopts_post_processing_that_the_pooled_cases_favour(
+    finished: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "small"
     shutil.copytree(finished, folder)
     (folder / "summary.json").unlink()
@@ -225,7 +227,8 @@ def test_a_fold_whose_summary_is_gone_is_the_only_one_trained_again(
     assert json.loads(after)["validation"] == json.loads(before)["validation"]
     assert sorted(path.name for path in folder.glob("fold_*")) == ["fold_0", "fold_2"]
     with pytest.raises(
-        ConfigError, match=r"small: the cross-validation is finished already; name more --folds"
+        ConfigError,
+        match=r"small: the cross-validation is finished already; add folds with --folds",
     ):
         resume_folds(folder)
     counter = CountRuns()
@@ -234,7 +237,7 @@ def test_a_fold_whose_summary_is_gone_is_the_only_one_trained_again(
     assert wider.summary["validation"]["cases"] == 4
 
 
-def test_a_cross_validation_that_was_stopped_goes_on_with_what_is_missing(
+def test_a_stopped_cross_validation_trains_only_missing_folds(
     data: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(StoppedError):
@@ -301,7 +304,7 @@ def test_new_settings_of_a_cross_validation_are_those_of_every_fold(
     expected = {"train.steps", "data.batch_size", "data.workers"}
     assert {each["setting"] for each in changed} == expected
     with pytest.raises(
-        ConfigError, match=r"finished already; name more --folds, set more train\.st"
+        ConfigError, match=r"finished already; add folds with --folds, set more train\.st"
     ):
         resume_folds(folder, overrides=wanted)
 
@@ -353,14 +356,16 @@ def test_a_second_of_the_same_name_gets_a_folder_of_its_own(data: Path, tmp_path
 # What it refuses
 
 
-def test_what_cannot_be_cross_validated_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:
+def test_settings_that_exclude_cross_validation_are_refused_and_leave_no_folder(
+    tmp_path: Path,
+) -> None:
     data = small_dataset(tmp_path / "data")
     refusals: list[tuple[Config, type[Exception], str]] = [
         (quick_config(data), DatasetError, "5 folds need 5 cases or more, found 4"),
         (
             small_config(data, data={"fold": 1}),
             ConfigError,
-            "data.fold is 1, but --folds names the folds to train; give only one of the two",
+            "data.fold is 1, but --folds also chooses the folds to train; give only one of the two",
         ),
         (
             small_config(data, trainer={"devices": 2}),
@@ -374,13 +379,13 @@ def test_what_cannot_be_cross_validated_is_refused_and_leaves_no_folder(tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_a_fold_refuses_at_once_leaves_no_folder(data: Path, tmp_path: Path) -> None:
+def test_an_invalid_setting_of_a_fold_leaves_no_folder(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.precision is 7-bit; choose auto"):
         cross_validate(small_config(data, trainer={"precision": "7-bit"}), [0], runs=tmp_path)
     assert not (tmp_path / "small").exists()
 
 
-def test_a_cross_validation_is_no_run_to_resume_as_one(finished: Path, tmp_path: Path) -> None:
+def test_a_cross_validation_cannot_be_resumed_as_a_run(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"small: expected a run with config\.yaml"):
         training.resume(finished)
     with pytest.raises(ConfigError, match=r"cross_validation\.json: cannot be read as JSON"):
@@ -406,7 +411,8 @@ def test_a_fold_lends_its_weights_and_a_cross_validation_does_not(
     data: Path, finished: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ModelError, match=r"expected one model, found those of 5 folds; name one, such as .*fold_0$"
+        ModelError,
+        match=r"expected one model, found the models of 5 folds; choose one, such as .*fold_0$",
     ):
         training.train(small_config(data, train={"start_from": str(finished)}), runs=tmp_path)
     assert not (tmp_path / "small").exists()

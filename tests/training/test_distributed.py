@@ -55,7 +55,7 @@ Path(f"process_{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(
 
 @pytest.mark.slow
 @needs_processes
-def test_each_process_is_given_the_run_and_the_first_alone_its_summary(tmp_path: Path) -> None:
+def test_each_process_gets_the_run_and_only_the_first_its_summary(tmp_path: Path) -> None:
     config = small_config(
         small_dataset(tmp_path / "data"),
         data={"validation": 0.5},

@@ -229,6 +229,6 @@ def test_too_little_memory_is_one_sentence(dataset: Path, monkeypatch: pytest.Mo
         dry_run(small_config(dataset))
 
 
-def test_a_time_that_is_none_is_refused() -> None:
+def test_a_malformed_time_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.max_time is '2 hours'"):
         small_config(Path("data"), trainer={"max_time": "2 hours"})

@@ -73,7 +73,7 @@ def test_a_run_folder_holds_all_that_was_promised(dataset: Path, tmp_path: Path)
     assert resolved.network.kernels == asked.level_kernels
 
 
-def test_checkpoints_hold_plain_data_alone(dataset: Path, tmp_path: Path) -> None:
+def test_checkpoints_hold_only_plain_data(dataset: Path, tmp_path: Path) -> None:
     run = train(small_config(dataset), runs=tmp_path)
     for name in ("last.ckpt", "best.ckpt"):
         content = torch.load(run.folder / name, weights_only=True)
@@ -134,7 +134,9 @@ def test_a_2d_network_trains_on_slices_and_predicts_the_volume(
     assert info.placement is not None and info.placement.stride == (4.0, 1.0, 4.0)
 
 
-def test_label_maps_alone_are_trained_on_by_synthesis(dataset: Path, tmp_path: Path) -> None:
+def test_a_dataset_of_only_label_maps_is_trained_by_synthesis(
+    dataset: Path, tmp_path: Path
+) -> None:
     bare = small_dataset(tmp_path / "bare")
     content = json.loads((bare / "dataset.json").read_text())
     for entry in content["training"][:3]:
@@ -185,7 +187,7 @@ def test_a_ct_window_is_read_off_the_training_cases(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"accelerator": "abacus"}, {"strategy": "hope"}])
-def test_what_lightning_refuses_is_one_sentence_and_leaves_no_run(
+def test_settings_that_lightning_refuses_give_one_sentence_and_leave_no_run(
     wrong: dict[str, object], dataset: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="trainer: Lightning refuses these settings"):
@@ -226,7 +228,7 @@ def test_training_and_prediction_see_one_image(
         assert_array_equal(image, prepared.image.half().numpy())
 
 
-def test_no_held_out_case_is_no_obstacle(dataset: Path, tmp_path: Path) -> None:
+def test_a_run_may_hold_out_no_case(dataset: Path, tmp_path: Path) -> None:
     run = train(small_config(dataset, data={"validation": 0.0}), runs=tmp_path)
     assert run.summary["validation"]["cases"] == 0
     assert json.loads((run.folder / "summary.json").read_text())["validation"]["mean_dice"] is None

@@ -48,7 +48,7 @@ def splits_final() -> list[dict[str, list[str]]]:
     ]
 
 
-def test_nnunets_file_beside_the_dataset_is_what_a_fold_means(
+def test_folds_come_from_nnunets_file_beside_the_dataset(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "splits_final.json").write_text(json.dumps(splits_final()))
@@ -86,9 +86,9 @@ def test_own_folds_stand_in_a_file_or_in_the_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fold", "reason"),
     [
-        ({"train": ["a", "b"], "val": ["b"]}, "fold 0 has b in both train and val; name each"),
-        ({"train": ["a"], "val": ["z", "y"]}, "fold 0 names y, z, unknown in"),
-        ({"train": ["a", "t"], "val": ["b"]}, "fold 0 names t, kept for the test by data.test"),
+        ({"train": ["a", "b"], "val": ["b"]}, "fold 0 has b in both train and val; list each"),
+        ({"train": ["a"], "val": ["z", "y"]}, "fold 0 contains y, z, which is not in"),
+        ({"train": ["a", "t"], "val": ["b"]}, "fold 0 contains t, but data.test keeps them"),
     ],
 )
 def test_a_split_that_does_not_fit_is_refused(tmp_path: Path, fold: Any, reason: str) -> None:
@@ -122,7 +122,7 @@ def test_a_column_says_which_fold_holds_a_case_out(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"expected folds without gaps, found \[0, 2\]"):
         split_of(dataset, config_with(tmp_path, **settings))
     (tmp_path / "cases.csv").write_text("id,fold\na,0\nz,1\n")
-    with pytest.raises(DatasetError, match="rows name z, unknown in"):
+    with pytest.raises(DatasetError, match="found rows for z; correct"):
         split_of(dataset, config_with(tmp_path, **settings))
 
 
@@ -196,7 +196,7 @@ def test_cases_for_the_test_are_in_no_part(tmp_path: Path) -> None:
         assert dataset.test == ("case_1",)
         train, held_out = split_of(dataset, config)
         assert sorted(names((*train, *held_out))) == ["case_0", "case_2", "case_3"]
-    with pytest.raises(DatasetError, match=r"data\.test names nobody, unknown in"):
+    with pytest.raises(DatasetError, match=r"data\.test: expected only .*, found nobody"):
         dataset_of(config_with(folder, test=["nobody"]).data)
     with pytest.raises(DatasetError, match=r"data\.validation names case_1, which is also in data"):
         split_of(dataset, config_with(folder, validation=["case_1"]))

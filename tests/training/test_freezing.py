@@ -56,8 +56,11 @@ def test_weights_are_frozen_by_their_names_until_their_step() -> None:
 @pytest.mark.parametrize(
     ("patterns", "sentence"),
     [
-        ({"encoder": None}, r"train\.freeze: 'encoder' fits the name of no weight; .*encoder\.wei"),
-        ({"*": None}, r"train\.freeze: '\*' fits all weights, and none is left to train"),
+        (
+            {"encoder": None},
+            r"train\.freeze: 'encoder' matches no weight of the network, .*encoder\.wei",
+        ),
+        ({"*": None}, r"train\.freeze: '\*' matches all weights, so no weight is left to train"),
     ],
 )
 def test_patterns_that_say_nothing_are_refused(patterns: Any, sentence: str) -> None:
@@ -85,7 +88,7 @@ def first_weights(data: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
-def test_what_is_frozen_stays_bit_for_bit_and_the_rest_is_trained(
+def test_frozen_weights_stay_the_same_bit_for_bit_and_the_others_train(
     optimiser: str, data: Path, tmp_path: Path
 ) -> None:
     """Weight decay and the means of batch normalisation do not move it either."""
@@ -98,7 +101,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_rest_is_trained(
     assert json.loads((run.folder / "summary.json").read_text())["freeze"] == told
 
 
-def test_what_is_unfrozen_at_a_step_is_trained_from_there(data: Path, tmp_path: Path) -> None:
+def test_weights_unfrozen_at_a_step_train_from_that_step(data: Path, tmp_path: Path) -> None:
     config = config_of(data, {"encoder.*": 3}, steps=6)
     begun = first_weights(data, tmp_path)
     with pytest.raises(StoppedError):
@@ -115,7 +118,9 @@ def test_what_is_unfrozen_at_a_step_is_trained_from_there(data: Path, tmp_path: 
     assert not torch.equal(weights(done.folder)[name], begun[name])
 
 
-def test_what_is_frozen_may_be_changed_when_a_run_goes_on(data: Path, tmp_path: Path) -> None:
+def test_the_frozen_weights_may_be_changed_when_a_run_is_resumed(
+    data: Path, tmp_path: Path
+) -> None:
     with pytest.raises(StoppedError):
         train(config_of(data, {}), runs=tmp_path, callbacks=[StopAfter(3)])
     run = tmp_path / "small"
@@ -126,7 +131,7 @@ def test_what_is_frozen_may_be_changed_when_a_run_goes_on(data: Path, tmp_path: 
     assert [each["setting"] for each in done.summary["changed_settings"]] == ["train.freeze"]
 
 
-def test_what_was_taken_over_is_said_in_the_summary_also_of_a_run_that_was_stopped(
+def test_the_summary_names_the_weights_taken_from_another_model_even_after_a_stop(
     data: Path, tmp_path: Path
 ) -> None:
     first = train(config_of(data, {}, steps=1), runs=tmp_path / "first")

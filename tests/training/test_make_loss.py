@@ -74,7 +74,7 @@ def test_every_term_waits_for_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"terms": {"boundary": 1.0}}, "needs a term that counts voxels"),
+        ({"terms": {"boundary": 1.0}}, "must include a term that counts voxels"),
         ({"terms": {}}, "terms"),
         ({"level_weights": [0.0, 0.0]}, "level_weights are all 0"),
         ({"false_positives": 0.0, "false_negatives": 0.0}, "are both 0"),

@@ -135,9 +135,9 @@ def test_weights_stand_in_a_column(cases: list[StoredCase], tmp_path: Path) -> N
     ("settings", "reason"),
     [
         ({"draw_classes": {"liver": 1}}, "has 'liver', which is not one of common, rare"),
-        ({"draw_classes": {"common": 0, "rare": 0}}, "gives weight 0 to every class"),
+        ({"draw_classes": {"common": 0, "rare": 0}}, "gives the weight 0 to every class"),
         ({"draw_cases": {"nobody": 1}}, "names nobody, which is not a case of"),
-        ({"draw_cases": {"case_00": 0, "case_01": 0}}, "gives every training case weight 0"),
+        ({"draw_cases": {"case_00": 0, "case_01": 0}}, "gives every training case the weight 0"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(

@@ -344,7 +344,7 @@ def test_the_loss_is_that_of_segmentation_plus_the_weighted_one_of_presence(weig
     assert logged["train/presence_loss"].item() == pytest.approx(presence, rel=1e-6)
 
 
-def test_the_loss_of_presence_teaches_the_head() -> None:
+def test_the_presence_loss_trains_the_presence_head() -> None:
     for weight in (0.0, 0.5):
         network = with_head()
         assert isinstance(network.presence, MeanPooling)
@@ -400,7 +400,7 @@ class Unsettled(L.Callback):
         self.seed += 1
 
 
-def test_the_noise_of_hard_gates_depends_on_the_seed_and_the_step_alone() -> None:
+def test_the_noise_of_hard_gates_depends_only_on_the_seed_and_the_step() -> None:
     # So slow that the weights stay as they are: whatever changes is noise.
     still = {"optimiser": "sgd", "learning_rate": 1e-12}
     losses, _ = trained(hard_gated(), 4, **still)

@@ -107,9 +107,9 @@ def test_settings_of_schedules_from_before_they_had_sections_mean_the_same() -> 
         ({"schedule": "step"}, r"c: schedule is 'step': it should be 'one_cycle', 'polynomial' or"),
         ({"cosine": {"warm_up": 1}}, r"c: cosine\.warm_up is 1: it should be less than 1"),
         ({"muon": {"iterations": 0}}, r"c: muon\.iterations is 0: it should be greater than"),
-        ({"sgd": {"momentum": 0}}, r"c: sgd: nesterov needs a momentum above 0; set nesterov to"),
+        ({"sgd": {"momentum": 0}}, r"c: sgd: nesterov needs a momentum above 0; raise momentum"),
     ],
 )
-def test_what_no_optimiser_can_take_is_refused(tree: dict[str, Any], sentence: str) -> None:
+def test_invalid_settings_of_optimisers_are_refused(tree: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         validated(TrainConfig, tree, "c")

@@ -143,7 +143,7 @@ class Decay(Callback):
         ({"optimiser": "adamw", "weight_decay": 0.0}, 0.0),
     ],
 )
-def test_weights_decay_as_suits_the_optimiser_or_as_told(
+def test_weight_decay_has_the_default_of_the_optimiser_unless_it_is_set(
     settings: dict[str, Any], expected: float, tmp_path: Path
 ) -> None:
     decay = Decay()
@@ -194,13 +194,13 @@ def test_training_starts_from_a_model_of_other_classes_and_channels(tmp_path: Pa
     ],
     ids=["width", "dimensions", "kernels"],
 )
-def test_a_network_that_would_take_biases_alone_is_refused_and_leaves_no_run(
+def test_a_model_of_which_only_biases_fit_is_refused_and_leaves_no_run(
     sections: dict[str, dict[str, object]], tmp_path: Path
 ) -> None:
     data = small_dataset(tmp_path / "data")
     first = train(small_config(data, train={"steps": 1}), runs=tmp_path / "first")
     sections = {"train": {"steps": 1, "start_from": str(first.folder)}, **sections}
-    message = r"small: none of its weights fits the network; use the same network\.spatial_d"
+    message = r"small: none of its weights fits the network; give the network the same network\.sp"
     with pytest.raises(ModelError, match=message):
         train(small_config(data, **sections), runs=tmp_path / "second")
     assert not (tmp_path / "second" / "small").exists()

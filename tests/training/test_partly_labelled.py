@@ -55,12 +55,12 @@ def test_a_table_or_the_config_says_what_is_labelled(data: Path) -> None:
 @pytest.mark.parametrize(
     ("labelled", "reason"),
     [
-        ({"case_9": ["lower"]}, "data.labelled: names case_9, unknown in"),
+        ({"case_9": ["lower"]}, "data.labelled: expected only cases of .*, found case_9"),
         (
             {"case_1": ["liver"]},
-            "has 'liver' for case_1, which is not one of the classes lower",
+            "expected for case_1 some of the classes lower",
         ),
-        ({"case_1": []}, "has no classes for case_1; name the classes"),
+        ({"case_1": []}, "expected for case_1 the classes that are labelled"),
     ],
 )
 def test_what_does_not_fit_is_refused(data: Path, labelled: Any, reason: str) -> None:
@@ -73,7 +73,7 @@ def test_synthesis_needs_whole_label_maps(data: Path, tmp_path: Path) -> None:
         prepare(config_of(data, synthesis={}), runs=tmp_path / "runs")
 
 
-def test_parts_know_of_each_case_what_is_labelled(data: Path, tmp_path: Path) -> None:
+def test_parts_know_the_labelled_classes_of_each_case(data: Path, tmp_path: Path) -> None:
     parts = prepare(config_of(data, validation=["case_3"]), runs=tmp_path / "runs")
     assert parts.partly is not None and parts.partly.unlabelled == ((), (2,))
     labels = {case.name: np.array(case.label) for case in parts.cases}
@@ -91,7 +91,7 @@ def test_parts_know_of_each_case_what_is_labelled(data: Path, tmp_path: Path) ->
         np.testing.assert_array_equal(label % 3, plain[name])
 
 
-def test_validation_scores_only_what_is_labelled(data: Path, tmp_path: Path) -> None:
+def test_validation_scores_only_labelled_classes(data: Path, tmp_path: Path) -> None:
     parts = prepare(config_of(data), runs=tmp_path / "runs")
     scores = {}
     for case in parts.validation.cases:
@@ -101,7 +101,7 @@ def test_validation_scores_only_what_is_labelled(data: Path, tmp_path: Path) -> 
     assert scores["case_1"][0] == 1 and math.isnan(scores["case_1"][1])
 
 
-def test_evaluation_scores_only_what_is_labelled(data: Path, tmp_path: Path) -> None:
+def test_evaluation_scores_only_labelled_classes(data: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(f"data: {{folder: {data}, labelled: {{case_1: [lower]}}}}")
     found = evaluate(data / "labelsTr", config)

@@ -55,7 +55,7 @@ def no_loss(levels: Sequence[Tensor], label: Tensor) -> Tensor:
     return torch.stack([0 * level.sum() for level in levels]).sum()
 
 
-def test_preparing_makes_no_run_and_training_is_fitting_what_was_prepared(
+def test_prepare_makes_no_run_and_train_equals_fit_after_prepare(
     dataset: Path, tmp_path: Path
 ) -> None:
     parts = parts_of(dataset, tmp_path)
@@ -76,7 +76,7 @@ def test_the_same_parts_can_be_fitted_again(dataset: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_with_a_loss_without_a_gradient_weights_only_decay(
+def test_a_loss_without_a_gradient_leaves_only_weight_decay(
     decay: float, dataset: Path, tmp_path: Path
 ) -> None:
     """By the product of 1 - rate · decay over the steps, as AdamW takes it off by itself."""

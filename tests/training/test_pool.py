@@ -48,7 +48,7 @@ def summary(folder: Path) -> dict[str, Any]:
     return content
 
 
-def test_pooled_folds_say_what_one_cross_validation_says(
+def test_pooled_folds_give_the_results_of_one_cross_validation(
     apart: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     here, there, both = apart
@@ -67,11 +67,11 @@ def test_pooled_folds_say_what_one_cross_validation_says(
         ]
         assert weights[0] == weights[1]
     assert is_cross_validation(result.folder)
-    with pytest.raises(ConfigError, match=r"all: the cross-validation is finished already; name"):
+    with pytest.raises(ConfigError, match=r"all: the cross-validation is finished already; add"):
         resume_folds(result.folder)
 
 
-def test_what_was_pooled_goes_on_with_more_folds(
+def test_a_pooled_cross_validation_continues_with_more_folds(
     apart: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     here, there, _ = apart
@@ -89,7 +89,7 @@ def test_runs_of_a_fold_are_pooled_too(
     assert found["validation"] == summary(apart[2])["validation"]
 
 
-def test_what_does_not_belong_together_is_refused(
+def test_folds_that_do_not_belong_together_are_refused(
     data: Path, apart: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     here, there, both = apart
@@ -101,9 +101,9 @@ def test_what_does_not_belong_together_is_refused(
     ):
         pool([here, data], out)
     whole = train(config_of(data), runs=tmp_path)
-    with pytest.raises(ConfigError, match=r"small: is a run of no fold, as its data\.fold is null"):
+    with pytest.raises(ConfigError, match=r"small: expected a run of one fold, but its data\.fold"):
         pool([here, whole.folder], out)
-    with pytest.raises(ConfigError, match=r"both.small: exists already; name another folder"):
+    with pytest.raises(ConfigError, match=r"both.small: exists already; choose another folder"):
         pool([here, there], both)
     other = Path(shutil.copytree(there, tmp_path / "other"))
     path = other / "fold_1" / "config.yaml"
@@ -111,17 +111,19 @@ def test_what_does_not_belong_together_is_refused(
     tree["train"]["seed"] = 7
     tree["data"]["folder"] = "/elsewhere"
     path.write_text(yaml.safe_dump(tree))
-    with pytest.raises(ConfigError, match=r"fold_1: train\.seed is 7, and 0 in .*fold_0; folds of"):
+    with pytest.raises(
+        ConfigError, match=r"fold_1: expected the train\.seed of .*fold_0, 0, found 7;"
+    ):
         pool([here, other], out)
     shutil.copy(there / "fold_1" / "config.yaml", path)
     split = other / "fold_1" / "split.json"
     names = json.loads((there / "fold_1" / "split.json").read_text())
     split.write_text(json.dumps({**names, "train": [*names["train"][1:], "strange"]}))
-    with pytest.raises(ConfigError, match=r"fold_1: its folds were not drawn from the cases of"):
+    with pytest.raises(ConfigError, match=r"fold_1: expected the same cases as in .*fold_0, but"):
         pool([here, other], out)
     held = json.loads((here / "fold_0" / "split.json").read_text())
     split.write_text(json.dumps(held))
-    with pytest.raises(ConfigError, match=r"case_\d is held out by .*fold_0 and by .*fold_1; give"):
+    with pytest.raises(ConfigError, match=r"case_\d is held out by both .*fold_0 and .*fold_1"):
         pool([here, other], out)
     assert not out.exists() and not list(tmp_path.glob(".partial*"))
 
@@ -151,7 +153,7 @@ def test_settings_that_decide_what_a_fold_learns_are_the_same_in_all_folds(
         ("data", "labelled", {"case_0": ["organ"]}),
     ):
         with pytest.raises(
-            ConfigError, match=rf"fold_1: {section}\.?{key} is .*folds of one cross"
+            ConfigError, match=rf"fold_1: expected the {section}\.?{key} of .*found .*same settings"
         ):
             pooled_with(section, key, value)
     for section, key, value in (

@@ -125,7 +125,7 @@ def test_no_result_names_a_machine_or_a_place(twice: list[Path]) -> None:
             assert machine.encode() not in content, name
 
 
-def test_scores_say_what_they_are_of(twice: list[Path]) -> None:
+def test_saved_scores_name_their_cases_labels_and_tolerance(twice: list[Path]) -> None:
     told = json.loads((twice[0] / "scores.json").read_text())["provenance"]
     assert [entry["case"] for entry in told["inputs"]] == ["case_0", "case_1"]
     assert told["tolerance_mm"] == 1.0 and len(told["labels"]) == 1

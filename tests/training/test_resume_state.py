@@ -126,8 +126,8 @@ def test_files_that_changed_under_their_names_are_told(
     resume(run)
     told = [line for line in caplog.messages if "changed since" in line]
     assert told == [
-        f"{run}: the files of 1 of 4 cases changed since the run's last checkpoint ({changed}); it "
-        f"goes on with the new files, but the weights also learned from the old ones"
+        f"{run}: the files of 1 of 4 cases changed since the run's last checkpoint ({changed}); "
+        f"the run continues with the new files, but was also trained on the old ones"
     ]
 
 
@@ -149,7 +149,7 @@ def test_files_are_compared_by_name_size_and_time_wherever_the_dataset_lies(
 def test_without_the_cases_that_were_held_out_a_run_does_not_go_on(tmp_path: Path) -> None:
     run = stopped(tmp_path)
     without(split_in(run)["held_out"][0], tmp_path / "data")
-    with pytest.raises(DatasetError, match=r"none of the 1 held-out cases of .*small is there"):
+    with pytest.raises(DatasetError, match=r"contains none of the 1 held-out case of .*small"):
         resume(run)
     assert not (run / "summary.json").exists()
 

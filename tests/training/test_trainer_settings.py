@@ -201,7 +201,7 @@ def test_an_operation_without_a_deterministic_form_is_told_in_a_sentence(
         ({"max_steps": 3}, r"max_steps is not a setting"),
     ],
 )
-def test_what_lightning_cannot_take_is_refused(tree: dict[str, Any], sentence: str) -> None:
+def test_invalid_trainer_settings_are_refused(tree: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         validated(TrainerConfig, tree, "c")
 

@@ -79,7 +79,7 @@ def test_between_the_stages_the_second_is_begun(dataset: Path, tmp_path: Path) -
     assert two_stages.resume_two_stages(tmp_path / "small_low").folder == tmp_path / "small"
 
 
-def test_a_run_of_one_stage_is_gone_on_with_as_ever(dataset: Path, tmp_path: Path) -> None:
+def test_a_run_of_one_stage_resumes_as_before(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         training.train(small_config(dataset), runs=tmp_path, callbacks=[Ask(1)])
     assert two_stages.resume_two_stages(tmp_path / "small").summary["steps"] == 4

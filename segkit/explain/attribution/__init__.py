@@ -1,1 +1,1 @@
-"""Attributions: what each part of an image contributes to the segmentation of a structure."""
+"""Attributions: how much each part of an image contributes to the segmentation of a structure."""

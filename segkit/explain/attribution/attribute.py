@@ -221,9 +221,9 @@ def attribute(
     target = _target(predictor, volume, prepared, asked, region, output, settings.quantity)
     if asked and (missing := [name for name in asked if name not in target.structures]):
         raise VolumeError(
-            f"{', '.join(missing)}: expected a voxel of it in the "
-            f"{'prediction' if region is None else 'region'}, found none; give a region that has "
-            f"one"
+            f"expected at least one voxel of {', '.join(missing)} in the "
+            f"{'prediction' if region is None else 'region'}, found none; give a region that "
+            "contains one"
         )
     if not target.structures:
         return {}
@@ -271,7 +271,8 @@ def chosen_methods(names: Sequence[str]) -> list[Method]:
     """The methods of these names, each once. Raises ModelError if there is no such method."""
     if unknown := [name for name in names if name not in METHODS]:
         raise ModelError(
-            f"expected a method of {', '.join(METHODS)}, found {unknown[0]!r}; choose one of these"
+            f"expected a method out of {', '.join(METHODS)}, found {unknown[0]!r}; choose one of "
+            "these"
         )
     return [method for method in METHODS if method in names]
 
@@ -379,8 +380,8 @@ def _parts(
         parts = Supervoxels.of(turned[np.ix_(x, y, z)], prepared.grid)
         if not len(parts):
             raise VolumeError(
-                "supervoxels: expected numbers from 1 for the parts of the scan, found none; "
-                "number them"
+                "supervoxels: expected the parts of the scan numbered from 1, found only 0; "
+                "number the parts"
             )
         return parts
     patch = predictor.layout.patch_size

@@ -40,7 +40,7 @@ RANDOM_NETWORKS = 2
 
 @dataclass(frozen=True)
 class AttributionTest:
-    """What deletion and randomisation say about one attribution."""
+    """Results of deletion and randomisation for one attribution."""
 
     key: str
     curves: Mapping[str, DeletionCurve]

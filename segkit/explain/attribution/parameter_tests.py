@@ -57,7 +57,9 @@ def random_logit(
     """
     wrong = [name for name in others if name != output]
     if not wrong:
-        raise SegkitError(f"expected an output other than {output}, found none; name one")
+        raise SegkitError(
+            f"expected an output other than {output}, found none; name a second output"
+        )
     chosen = wrong[int(np.random.default_rng(seed).integers(len(wrong)))]
     return similarity(explain(output), explain(chosen))
 

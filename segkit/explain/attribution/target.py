@@ -191,7 +191,7 @@ class SummedOutput:
         Args:
             images: the images, which are made one after the other.
             weights: the weight of each image.
-            what: name of the work for `track`.
+            what: name of the work, for `track`.
             track: reports the progress, window by window.
         """
         numbers = range(len(self.windows))

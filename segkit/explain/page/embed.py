@@ -80,7 +80,9 @@ def embed_labels(labels: ndarray, grid: Grid) -> Embedded:
     turned, turned_grid = _turned(labels, grid)
     highest = int(turned.max(initial=0))
     if highest > 65535:
-        raise VolumeError(f"expected labels up to 65535 for a page, found {highest}; renumber them")
+        raise VolumeError(
+            f"expected labels of at most 65535 for a page, found {highest}; renumber them"
+        )
     codes = turned.astype(np.uint8 if highest <= 255 else np.uint16)
     return Embedded(_packed(codes), turned_grid, codes.itemsize, 0.0, 1.0, None)
 

@@ -61,7 +61,7 @@ class Layer:
         if self.values.shape != self.grid.shape:
             raise ValueError(
                 f"layer {self.name}: expected values of the grid's shape {self.grid.shape}, found "
-                f"{self.values.shape}; give the grid of the values"
+                f"{self.values.shape}; pass the grid on which the values lie"
             )
 
 

@@ -82,7 +82,7 @@ class BlockVerdict:
 
 @dataclass(frozen=True)
 class AttentionStudy:
-    """What the attention of a network is worth: verdicts, each scan's Dice, and shares.
+    """The worth of a network's attention: verdicts, each scan's Dice, and shares.
 
     Example:
         study = segkit.judge_attention(predictor, pairs)
@@ -131,7 +131,7 @@ def judge_attention(
     unlabelled: Mapping[int, Collection[str]] = MappingProxyType({}),
     track: Track = untracked,
 ) -> AttentionStudy:
-    """Dice of scans with each attention block replaced by the identity, and what follows from it.
+    """Dice of scans with each attention block replaced by the identity, and verdicts from it.
 
     Each scan is segmented once, once for each block, and once without any. About ten scans with
     references are needed for a verdict, more if there are many blocks.
@@ -198,7 +198,10 @@ def check_blocks(predictor: Predictor, blocks: Collection[str] | None = None) ->
             )
         return tuple(known)
     if not blocks:
-        raise ModelError("expected the names of attention blocks, found none; leave blocks out")
+        raise ModelError(
+            "expected the names of attention blocks, found an empty list; list some, or leave out "
+            "blocks"
+        )
     try:
         with as_identity(network, blocks):
             pass
@@ -211,8 +214,8 @@ def check_blocks(predictor: Predictor, blocks: Collection[str] | None = None) ->
         if block not in calls or not calls[block].keeps_shape:
             shapes = f"{calls[block].features} to {calls[block].output}" if block in calls else ""
             raise ModelError(
-                f"{block}: expected a module that gives features of the shape that it takes, "
-                f"found {shapes or 'one that is not called'}; name the block around it"
+                f"{block}: expected a module whose output has the shape of its input, found "
+                f"{shapes or 'one that is not called'}; choose the block that contains it"
             )
     return tuple(dict.fromkeys(blocks))
 

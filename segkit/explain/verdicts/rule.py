@@ -99,7 +99,7 @@ class GateVerdict:
 
     @property
     def claim(self) -> str:
-        """What the channel does with the structure, such as 'lets liver through'."""
+        """The effect of the channel on the structure, such as 'lets liver through'."""
         verb, particle = self.direction.split()
         return f"{verb} {self.structure} {particle}"
 
@@ -379,15 +379,17 @@ def _reason(verdict: GateVerdict, of: _Hypothesis) -> str:
         fall, low, high = (
             _number(figures[name]) for name in ("Dice lost without it", "from", "to")
         )
+        if _rises(fall):
+            low, high = -high, -low
         span = f" (95 % interval {low:+.3f} to {high:+.3f})" if math.isfinite(low) else ""
         mattering = num_mattering(of.contexts[0])
         clauses.append(
-            f"Dice falls by {fall:.3f}{span} if the map is replaced by its mean, by more than "
+            f"Dice {_fall(fall)}{span} if the map is replaced by its mean, by more than "
             f"{DICE_MARGIN:g} in {mattering} of {len(of.contexts[0])}"
         )
     beside = _number(figures["Dice lost with the others gone"])
     if math.isfinite(beside):
-        clauses.append(f"by {beside:.3f} if all other gates are replaced too")
+        clauses.append(f"it {_fall(beside)} if all other gates are replaced too")
     if of.places:
         gain = _number(figures["AUROC: more than the best comparator"])
         clauses.append(
@@ -402,6 +404,16 @@ def _reason(verdict: GateVerdict, of: _Hypothesis) -> str:
     if not of.has_mean_map:
         clauses.append("not compared with the mean map of other scans, because there is none")
     return f"Over {scans}, {_said(verdict)}: {'; '.join(clauses) or 'nothing was measured'}."
+
+
+def _fall(lost: float) -> str:
+    """What happens to Dice, such as "falls by 0.020"."""
+    return f"{'rises' if _rises(lost) else 'falls'} by {abs(lost):.3f}"
+
+
+def _rises(lost: float) -> bool:
+    """Whether Dice rises by an amount that three digits show."""
+    return lost < -0.0005
 
 
 def _said(verdict: GateVerdict) -> str:

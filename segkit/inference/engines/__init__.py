@@ -1,1 +1,1 @@
-"""What runs a network on windows: PyTorch, OpenVINO, ONNX Runtime."""
+"""Engines that run a network on windows: PyTorch, OpenVINO, ONNX Runtime."""

@@ -178,7 +178,7 @@ class ConvertedEngine:
 
 
 def conversion_folder(model: Model) -> Path | None:
-    """Folder in the user's cache where the conversions of a model are kept.
+    """Folder in the user's cache that holds the conversions of a model.
 
     None if the model was not read from a folder, or if its network is the user's own module: two
     modules with the same weights may compute different outputs, and the digest cannot see this.

@@ -321,7 +321,7 @@ def test_the_region_is_the_prediction_if_none_is_given() -> None:
         assert_array_equal((one.values.data != 0).any(axis=3), labels.data == number)
 
 
-def test_on_the_scan_it_lies_where_it_lies_in_the_world() -> None:
+def test_an_attribution_on_the_scan_keeps_its_world_positions() -> None:
     """A resampled, oblique scan whose stored axes run otherwise, with air around the body."""
     grid = Grid((9, 14, 11), affine_of("PIR", (1.0, 1.5, 2.0)))
     values = np.zeros(grid.shape, np.float32)
@@ -369,7 +369,7 @@ def test_windows_without_a_voxel_other_than_0_are_nan() -> None:
 @pytest.mark.parametrize(
     "kind", [pytest.param("self-attention", marks=pytest.mark.slow), "planes with presence"]
 )
-def test_attention_and_planes_have_attributions_too(kind: str) -> None:
+def test_attention_networks_in_2d_and_3d_have_attributions(kind: str) -> None:
     dims, attention = FAST[kind]
     predictor = Predictor(model_of(attention, dims), device="cpu", engine="torch")
     volume = scan(2, (16, 12 if dims == 2 else 8, 8))
@@ -471,13 +471,15 @@ def test_labels_of_a_first_stage_stay_as_they_are() -> None:
 
 def test_mistakes_are_refused_in_a_sentence() -> None:
     volume, predictor = scan(), wrapped(Linear(), 2)
-    with pytest.raises(ModelError, match=r"expected a method of integrated_gradients, .*'lime'"):
+    with pytest.raises(
+        ModelError, match=r"expected a method out of integrated_gradients, .*'lime'"
+    ):
         attribute(predictor, volume, "lime")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="expected one of label 1, label 2, found 'liver'"):
         attribute(predictor, volume, "occlusion", structure="liver")
     with pytest.raises(ModelError, match="expected one of label 0, label 1, label 2, found 'x'"):
         attribute(predictor, volume, "occlusion", output="x")
-    with pytest.raises(VolumeError, match="label 2: expected a voxel of it in the region"):
+    with pytest.raises(VolumeError, match="expected at least one voxel of label 2 in the region"):
         attribute(predictor, volume, "occlusion", structure="label 2", region=region(volume))
     with pytest.raises(VolumeError, match="the region lies on another grid than the scan"):
         attribute(predictor, volume, "occlusion", region=region(scan(2, (12, 8, 4)), 1))
@@ -491,6 +493,8 @@ def test_mistakes_are_refused_in_a_sentence() -> None:
     with pytest.raises(ModelError, match="cell_mm: expected more than 0 mm, found 0"):
         AttributionSettings(cell_mm=0)
     empty = volume.like(np.zeros(SHAPE, np.uint8))
-    with pytest.raises(VolumeError, match="supervoxels: expected numbers from 1"):
+    with pytest.raises(
+        VolumeError, match="supervoxels: expected the parts of the scan numbered from 1"
+    ):
         attribute(predictor, volume, "occlusion", region=region(volume), supervoxels=empty)
     assert attribute(predictor, volume, "occlusion", region=empty) == {}

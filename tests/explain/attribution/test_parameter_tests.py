@@ -115,7 +115,7 @@ def test_one_draw_has_no_noise_and_more_are_a_mean() -> None:
     assert all((one == other).all() for one, other in zip(seen[:200], seen[200:], strict=True))
 
 
-def test_similarity_counts_what_both_have() -> None:
+def test_similarity_uses_only_voxels_that_both_attributions_have() -> None:
     first, second = np.array([1.0, np.nan, 3, 4]), np.array([2.0, 9, np.nan, 5])
     assert rank_similarity(first, second) == pytest.approx(1)
 

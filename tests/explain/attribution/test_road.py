@@ -80,7 +80,7 @@ def test_a_constant_image_shows_no_deletion() -> None:
     assert_allclose(list(found.values()), 0, atol=1e-9)
 
 
-def test_what_cannot_be_deleted_is_refused() -> None:
+def test_impossible_deletions_are_refused() -> None:
     image = np.zeros((1, 3, 3))
     with pytest.raises(SegkitError, match="expected some voxels that are not deleted"):
         impute(image, np.ones((3, 3), bool))

@@ -439,7 +439,7 @@ def test_the_table_has_a_row_per_head_with_means_over_cases() -> None:
     "attention",
     [{}, {"skip": AdditiveGridGateConfig()}, {"bottleneck": AdditiveSelfAttentionConfig()}],
 )
-def test_a_model_without_heads_has_none_to_study(attention: dict[str, Any]) -> None:
+def test_a_model_without_attention_heads_is_refused(attention: dict[str, Any]) -> None:
     predictor = Predictor(attending_model(**attention), device="cpu")
     with pytest.raises(
         ModelError, match="expected a model with attention heads, but this one has none"
@@ -474,7 +474,7 @@ def test_references_that_cannot_be_compared_are_refused() -> None:
             )
 
 
-def test_a_reference_whose_axes_are_stored_otherwise_is_the_same_case() -> None:
+def test_a_reference_with_axes_in_another_order_is_the_same_case() -> None:
     predictor = Predictor(attending_model(bottleneck=self_attention(2)), device="cpu")
     case = noise_case(*PATCH)
     stored = stored_otherwise(case.reference.data, case.reference.grid, (1, 2, 0), (0, 2))

@@ -135,7 +135,7 @@ def test_cells_that_were_not_computed_do_not_count(labels: ndarray) -> None:
     assert nothing == {}
 
 
-def test_a_structure_that_fills_half_of_no_cell_has_no_measures() -> None:
+def test_a_structure_that_never_fills_half_of_a_cell_has_no_measures() -> None:
     labels = np.zeros(SHAPE, np.uint8)
     labels[3, 3, 3] = 1
     scan = scan_of(np.random.default_rng(3).random(SHAPE))

@@ -79,7 +79,7 @@ def test_a_constant_is_embedded_exactly() -> None:
 def test_labels_are_embedded_exactly_and_too_large_ones_refused() -> None:
     labels = np.array([[[0, 3, 65535]]])
     assert_array_equal(reread(embed_labels(labels, grid_of(labels))), labels)
-    with pytest.raises(VolumeError, match="up to 65535 for a page, found 65536; renumber"):
+    with pytest.raises(VolumeError, match="of at most 65535 for a page, found 65536; renumber"):
         embed_labels(labels + 1, grid_of(labels))
 
 

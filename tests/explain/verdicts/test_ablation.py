@@ -123,7 +123,7 @@ def test_a_row_is_the_dice_of_the_edited_prediction() -> None:
     json.dumps([asdict(row) for row in rows], allow_nan=False)
 
 
-def test_a_gate_that_alone_decides_the_labels_is_needed() -> None:
+def test_a_gate_that_decides_all_labels_is_needed() -> None:
     """Of p ball and N - p background: open calls all ball, so that Dice is 2 p / (p + N); the
     mean is p / N < 1/2 everywhere, and nothing is found; inverted, all but the ball."""
     case = planted_case()

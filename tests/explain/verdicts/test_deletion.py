@@ -104,7 +104,7 @@ def curves_of(kind: Kind, values: ndarray) -> list[DeletionCurve]:
     )
 
 
-def test_deleting_what_the_network_uses_lowers_agreement_first() -> None:
+def test_deleting_voxels_that_the_network_uses_lowers_agreement_sooner() -> None:
     """The ball is 17 % of the voxels: with a fifth of the cells replaced it is gone."""
     (first,) = curves_of("mask", ball().astype(float))
     (last,) = curves_of("mask", -ball().astype(float))

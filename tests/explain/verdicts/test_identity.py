@@ -109,7 +109,7 @@ def test_segkits_own_blocks_are_those_of_their_maps(spatial_dims: int) -> None:
     assert study.share == attention_share(model.network, patch)
 
 
-def test_what_cannot_be_the_identity_is_refused() -> None:
+def test_a_module_that_cannot_be_the_identity_is_refused() -> None:
     predictor = foreign()
     for blocks, reason in (
         (["nothing"], "no attention block 'nothing'"),

@@ -109,7 +109,7 @@ def test_a_gate_that_is_not_needed_is_redundant_with_enough_scans() -> None:
     assert words == {6: "cannot tell", 8: "cannot tell", 12: "redundant", 20: "redundant"}
 
 
-def test_a_gate_whose_need_is_not_significant_is_not_redundant_for_that() -> None:
+def test_a_gate_without_significant_need_is_not_therefore_redundant() -> None:
     """A fall of a tenth in one scan of six, on average too small to be needed or to be nothing."""
 
     def some(number: int) -> ChannelEvidence:
@@ -143,7 +143,7 @@ def test_a_useless_gate_that_jitters_dice_is_seldom_needed(count: int) -> None:
 
 @pytest.mark.parametrize("drop", [0.0, 0.3])
 @pytest.mark.parametrize("auroc", [0.7, 0.3])
-def test_a_gate_that_shows_what_intensity_shows_is_uninformative_needed_or_not(
+def test_a_gate_no_better_than_intensity_is_uninformative_even_if_needed(
     auroc: float, drop: float
 ) -> None:
     verdict = judged(scans(12, lambda i: channel(auroc, drop, seed=i)))
@@ -213,6 +213,16 @@ def test_two_channels_that_substitute_for_each_other_are_needed() -> None:
         ("informative", 1, "shuts out"),
     ]
     assert "by 0.600 if all other gates are replaced" in verdicts[0].reason
+
+
+def test_a_rise_of_dice_is_called_a_rise() -> None:
+    def case(number: int) -> CaseEvidence:
+        worse = replace(channel(seed=number), drops={"a": (-0.02 - 0.001 * number,)})
+        return CaseEvidence(f"{number}", "reference", {(KEY, 0): worse})
+
+    (verdict,) = judge_evidence([case(number) for number in range(3)])
+    assert "Dice rises by 0.021 (95 % interval +0.0" in verdict.reason
+    assert verdict.figures["Dice lost without it"] == pytest.approx(-0.021)
 
 
 def test_each_structure_has_a_verdict_and_the_best_comes_first() -> None:
