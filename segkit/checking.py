@@ -49,6 +49,9 @@ MOST_NUMBERS = 20
 """Most undeclared label numbers that are listed; the others are only counted."""
 MOST_SHOWN = 40
 """Most labels, cases or maps that one line lists."""
+NNUNETS_NORMALISATIONS = ("nonorm", "rescale_to_0_1", "rgb_to_0_1")
+"""Names of channels, in small letters, by which nnU-Net selects a normalisation; CT is known here
+too."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,7 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
         *([proposed] if proposed else []),
         *(_lines_of_split(dataset, own) if own else []),
         *unused_columns(source),
-        f"channels: {', '.join(dataset.channels)}",
+        *_lines_of_channels(dataset.channels),
     ]
     total = sum(math.prod(shape) for shape in shapes)
     if pictures.all:
@@ -316,6 +319,17 @@ def _lines_of_split(dataset: Dataset, data: SplitDatasetConfig) -> list[str]:
     if data.splits is not None or data.fold is not None:
         folds = folds_of(dataset, data)
         lines.append(f"{len(folds)} folds ({folds.source})")
+    return lines
+
+
+def _lines_of_channels(channels: Sequence[str]) -> list[str]:
+    """The channels, and those whose names ask nnU-Net for a normalisation that segkit lacks."""
+    lines = [f"channels: {', '.join(channels)}"]
+    if asked := [name for name in channels if name.lower() in NNUNETS_NORMALISATIONS]:
+        lines.append(
+            f"{', '.join(asked)}: nnU-Net reads this name as a normalisation that segkit does not "
+            f"have; segkit normalises each image to mean 0 and standard deviation 1"
+        )
     return lines
 
 

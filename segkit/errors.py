@@ -176,7 +176,7 @@ class WorkerError(SegkitError):
 
 
 class Stopped(BaseException):
-    """A user pressed Ctrl-C, or a scheduler sent SIGTERM. The text is what the user reads.
+    """A user pressed Ctrl-C, or a scheduler sent SIGTERM. The user reads its text.
 
     Args:
         signum: the number of the signal.

@@ -168,7 +168,7 @@ class LargeKernelAttentionConfig(Section):
     """Levels with attention. Default: those of at most 32,768 voxels in a patch, the size of the
     first level of its papers; at finer levels it takes most of the time."""
     layer_scale: Scale = 0.01
-    """The first value of the numbers, one a channel, that multiply what is added."""
+    """The first value of the numbers, one a channel, that multiply the block's output."""
 
 
 class PairedAttentionConfig(Section):
@@ -183,7 +183,7 @@ class PairedAttentionConfig(Section):
     projected: Width = 64
     """Mixtures of voxels that each voxel attends to."""
     layer_scale: Scale = 1e-6
-    """The first value of the numbers, one a channel, that multiply what is added."""
+    """The first value of the numbers, one a channel, that multiply the block's output."""
 
 
 class SelfAttentionConfig(Section):
@@ -202,7 +202,7 @@ class SelfAttentionConfig(Section):
     whole patch."""
     shift: bool = False
     """Whether a second attention follows, within windows that are moved by half their size (Swin):
-    what the first keeps apart meets in the second."""
+    voxels that the first separates meet in the second."""
 
 
 class TransformerConfig(Section):
@@ -219,7 +219,7 @@ class TransformerConfig(Section):
     expansion: Annotated[float, Field(gt=0, le=64)] = 8 / 3
     """Width of the perceptron's hidden layer over the level's channels."""
     layer_scale: Scale = 0.1
-    """The first value of the numbers, one a channel, that multiply what each half adds."""
+    """The first value of the numbers, one a channel, that multiply the output of each half."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Probability that a sample skips the last block in training; it grows from 0 at the first."""
 

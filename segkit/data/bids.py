@@ -128,7 +128,7 @@ def list_bids(folder: Path, given: Labelling | None = None) -> DatasetJson:
     """Channels, labelling and labelled cases of a BIDS folder.
 
     Channels are the suffixes of anatomical images that every labelled case has, in order of the
-    alphabet. `given` is what labels mean; without it, the table `dseg.tsv` says so.
+    alphabet. `given` has the names of labels; without it, the table `dseg.tsv` says so.
 
     Raises DatasetError.
     """

@@ -120,7 +120,7 @@ def kept_for_test(data: DatasetConfig, names: list[str]) -> frozenset[str]:
 
 
 def unused_columns(data: DatasetConfig) -> list[str]:
-    """A sentence for each column of the table of cases that a setting could use and none does.
+    """A sentence for each column of the table of cases that no setting uses, but one could.
 
     They are columns with the names of patients, folds, parts of a split or labelled classes.
 

@@ -18,11 +18,11 @@ import yaml
 from segkit.errors import VolumeError, printable
 from segkit.io.volume import has_volume_suffix, read_label_values, stem_of
 
-MOST_FILES = 20_000
+LISTED_FILES = 20_000
 """So many files are looked at; larger folders are described by their first files."""
 MOST_READ = 3
 """So many label files are read to find their numbers."""
-MOST_NUMBERS = 12
+PROPOSED_CLASSES = 12
 """More numbers are no names of classes."""
 ENTITY_VALUE = re.compile(r"(?<![A-Za-z0-9])(sub|ses|run)-[A-Za-z0-9]+")
 LABEL_WORD = re.compile(
@@ -31,7 +31,7 @@ LABEL_WORD = re.compile(
 )
 VISIT = re.compile(r"(?i)(ses|visit|time|tp|scan|v)?[-_ ]?[0-9][0-9_.-]*")
 """Names of folders of visits, such as `visit2` or `2020-01-31`."""
-MOST_CHANNELS = 8
+PROPOSED_CHANNELS = 8
 """More patterns of images are no channels."""
 DERIVATIVES = "derivatives/"
 
@@ -63,7 +63,7 @@ def proposed_files(folder: Path) -> dict[str, Any] | None:
     common = {key: files for key, files in patterns.items() if 2 * len(files) >= most}
     labels = [key for key in common if _is_of_labels(key)]
     images = [key for key in common if key not in labels and not key.startswith(DERIVATIVES)]
-    if not labels or not images or len(images) > MOST_CHANNELS:
+    if not labels or not images or len(images) > PROPOSED_CHANNELS:
         return None
     label = max(labels, key=lambda key: (key.startswith(DERIVATIVES), len(common[key])))
     names = names_of_classes(common[label])
@@ -79,7 +79,7 @@ def names_of_classes(labels: Sequence[Path]) -> dict[str, int]:
             numbers |= {int(number) for number in np.unique(read_label_values(path).data)}
         except VolumeError:  # the proposal stands; the case is reported once it is read
             continue
-    found = sorted(numbers - {0})[:MOST_NUMBERS] or [1]
+    found = sorted(numbers - {0})[:PROPOSED_CLASSES] or [1]
     return {"background": 0, **{f"class_{number}": number for number in found}}
 
 
@@ -95,7 +95,7 @@ def _is_of_labels(pattern: str) -> bool:
 
 def _patterns(folder: Path) -> dict[str, list[Path]]:
     """The files of each pattern that names cases."""
-    files = list(itertools.islice(_volumes(folder), MOST_FILES))
+    files = list(itertools.islice(_volumes(folder), LISTED_FILES))
     inside = {path: PurePosixPath(path.relative_to(folder).as_posix()) for path in files}
     tops = {place.parts[0] for place in inside.values() if len(place.parts) > 1}
     if any(top.startswith("sub-") for top in tops):

@@ -21,7 +21,7 @@ IN_QUESTION = 0.01
 """A voxel is in question if it is a structure with at least this probability."""
 SMALLEST = 1e-7
 """Smallest probability in a logarithm; lower ones are replaced by it."""
-ROUNDING = 1e-3
+BEYOND_RANGE = 1e-3
 """A probability may lie so far outside 0 and 1."""
 FEWEST_CASES = 3
 """Smallest number of cases for a correlation."""
@@ -146,8 +146,8 @@ class Calibration:
             if self.ignore is not None:
                 counted = truth != self.ignore
                 found, truth = found[counted], truth[counted]
-            if not ((found >= -ROUNDING) & (found <= 1 + ROUNDING)).all():
-                wrong = found[~((found >= -ROUNDING) & (found <= 1 + ROUNDING))][0]
+            if not ((found >= -BEYOND_RANGE) & (found <= 1 + BEYOND_RANGE)).all():
+                wrong = found[~((found >= -BEYOND_RANGE) & (found <= 1 + BEYOND_RANGE))][0]
                 raise ValueError(
                     f"expected probabilities from 0 to 1, found {wrong:g}; evaluate what segkit "
                     f"predict --probabilities wrote"

@@ -225,7 +225,8 @@ def _check_units(rows: Sequence[CaseScores], references: Path) -> None:
     if unsized is not None and sized is not None:
         raise VolumeError(
             f"{references}: expected a pixel size for all pictures or for none, but {sized} has "
-            f"one and {unsized} has none; set one for all by --pixel-size, or evaluate them apart"
+            f"one and {unsized} has none; set one for all by --pixel-size, or evaluate them in two "
+            f"runs"
         )
 
 

@@ -93,7 +93,7 @@ class Temperature:
 
 @dataclass
 class HeldOutVoxels:
-    """Voxels of held-out cases, drawn at random, with their probabilities and what is true.
+    """Voxels of held-out cases, drawn at random, with their probabilities and true classes.
 
     Args:
         members: the numbers in references that each output stands for, in the order of the outputs;
@@ -164,7 +164,7 @@ def fit_temperature(
     *,
     are_regions: bool,
 ) -> float:
-    """The temperature that makes what is true most likely, between 0.05 and 20.
+    """The temperature that makes the true classes most likely, between 0.05 and 20.
 
     Args:
         probabilities: of classes, which add up to 1, or of regions.
@@ -202,7 +202,7 @@ def _log_loss(
     within: Bool[ndarray, "voxels outputs"],
     are_regions: bool,
 ) -> float:
-    """The mean of -log of the probability of what is true; of regions, the mean over them."""
+    """The mean of -log of the probability of the true class; of regions, the mean over them."""
     if are_regions:
         true = np.where(within, probabilities, 1 - probabilities)
         return float(-np.log(np.maximum(true, LEAST_LIKELY[True])).mean())

@@ -8,14 +8,14 @@ from segkit.errors import first_few
 
 logger = logging.getLogger(__name__)
 
-NOT_IN_NAMES = frozenset('/\\<>:"|?*')
+FORBIDDEN_IN_NAMES = frozenset('/\\<>:"|?*')
 """Characters that a file name cannot contain on Windows."""
 DEVICES = frozenset(
     ["con", "prn", "aux", "nul"]
     + [f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³"]
 )
 """Names of devices on Windows. No file can have one of them, whatever its suffix."""
-MOST_BYTES = 180
+LONGEST_FILE_NAME = 180
 """Length of a name in UTF-8; systems allow 255, and results add a prefix and an ending."""
 BYTES_KEPT = 140
 """Length of the beginning that is kept of a longer name; then results of the name stay shorter."""
@@ -45,14 +45,14 @@ def safe_name(name: str) -> str:
         >>> [safe_name(name) for name in ("case 1", "12:30", "a/b.", "nul.x", "")]
         ['case 1', '12-30', 'a-b-', 'nul-.x', 'unnamed']
     """
-    allowed = (c if c.isprintable() and c not in NOT_IN_NAMES else "-" for c in name)
+    allowed = (c if c.isprintable() and c not in FORBIDDEN_IN_NAMES else "-" for c in name)
     safe = "".join(allowed)
     bare = safe.rstrip(". ")
     safe = bare + "-" * (len(safe) - len(bare))
     start, dot, rest = safe.partition(".")
     if start.rstrip(" ").lower() in DEVICES:
         safe = f"{start.rstrip(' ')}-{dot}{rest}"
-    if len(safe.encode()) > MOST_BYTES:
+    if len(safe.encode()) > LONGEST_FILE_NAME:
         digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
         kept = safe.encode()[:BYTES_KEPT].decode(errors="ignore")
         safe = f"{kept}-{digest}"

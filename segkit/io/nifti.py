@@ -82,7 +82,7 @@ def millimetre_affine(header: Nifti1Header) -> ndarray:
 
 
 def placement(header: Nifti1Header) -> str:
-    """A phrase that says what places the voxels, and how far sform and qform differ, if they do."""
+    """A phrase that names the source of the positions, and how far sform and qform differ."""
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     used = "sform" if sform else "qform" if qform else "voxel sizes only"
     text = f"placed by its {used} (sform code {sform}, qform code {qform})"

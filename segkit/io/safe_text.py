@@ -100,11 +100,11 @@ WHAT_TO_DO = {
     "value",
     "found another document": "a second document begins with '---'; keep one document",
 }
-"""By a part of PyYAML's words, what is wrong and what to do."""
+"""For a part of PyYAML's words, the error and advice."""
 
 
 def _in_a_sentence(error: yaml.MarkedYAMLError) -> str:
-    """Where YAML is wrong, and what to do; the words of PyYAML if they are not known here."""
+    """The place of an error in YAML, and advice; the words of PyYAML if they are not known here."""
     problem = " ".join(str(error.problem or error.context).split())
     found = next((told for part, told in WHAT_TO_DO.items() if part in problem), problem)
     mark = error.problem_mark or error.context_mark

@@ -124,7 +124,7 @@ class _Task:
     """Why volumes are planned in slices, if nobody asked for that."""
 
     def draft(self) -> Schedule:
-        """nnU-Net's own schedule, or one that stands for the schedule until steps are timed."""
+        """nnU-Net's own schedule, or a provisional one until steps are timed."""
         why = "nnU-Net's 1000 epochs of 250 steps."
         return Schedule(NNUNET_STEPS, why, validate_every=NNUNET_STEPS // MOST_VALIDATIONS)
 

@@ -16,7 +16,7 @@ class GroupFiles(NamedTuple):
 
     limits: tuple[str, ...]
     used: str
-    """The file with all that the group uses, including copies of files, which can be dropped."""
+    """The file with the memory that the group uses, including cached files, which can be freed."""
     held: tuple[str, ...]
     """Lines of `memory.stat` with what cannot be dropped: memory of the group's processes, shared
     memory, and what the system itself holds for them."""

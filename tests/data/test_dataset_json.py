@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from segkit.checking import check
 from segkit.config.labels import Labelling
 from segkit.data.dataset import read_case, read_dataset
 from segkit.data.dataset_json import read_dataset_file, read_labelling
@@ -13,6 +14,7 @@ from segkit.errors import DatasetError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume
 from tests.helpers import affine_of
+from tests.small import small_dataset
 
 SHAPE = (3, 4, 5)
 GRID = Grid(SHAPE, affine_of("LPS"))
@@ -211,3 +213,15 @@ def test_contradictions_in_a_dataset_json_are_refused_in_one_sentence(
     with pytest.raises(DatasetError, match=reason) as refusal:
         read_dataset(written(folder, **keys))
     assert str(refusal.value).startswith(str(folder)) and "\n" not in str(refusal.value)
+
+
+def test_a_normalisation_of_nnunet_that_segkit_lacks_is_told(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=2)
+    path = folder / "dataset.json"
+    described = json.loads(path.read_text())
+    kind = "channel_names" if "channel_names" in described else "modality"
+    for name, told in (("noNorm", 1), ("T1", 0), ("CT", 0)):
+        path.write_text(json.dumps({**described, kind: {"0": name}}))
+        lines = [line for line in check(folder).text.splitlines() if "nnU-Net" in line]
+        assert len(lines) == told, lines
+        assert all(line.startswith(f"{name}: ") and "mean 0" in line for line in lines)

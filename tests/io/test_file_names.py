@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from segkit.io.file_names import MOST_BYTES, is_file_name, safe_name, tell_changed_names
+from segkit.io.file_names import LONGEST_FILE_NAME, is_file_name, safe_name, tell_changed_names
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_long_names_are_cut_and_stay_different() -> None:
     one, other = ("ä" * 120 + end for end in "ab")
     assert len(safe_name(one)) == 70 + 9  # 70 letters of two bytes, a dash, and eight digits
     assert safe_name(one) != safe_name(other)
-    assert len(safe_name(one).encode()) < MOST_BYTES - len("_entropy")
-    assert is_file_name("a" * MOST_BYTES) and not is_file_name("a" * (MOST_BYTES + 1))
+    assert len(safe_name(one).encode()) < LONGEST_FILE_NAME - len("_entropy")
+    assert is_file_name("a" * LONGEST_FILE_NAME) and not is_file_name("a" * (LONGEST_FILE_NAME + 1))
 
 
 def test_changed_names_are_told_in_one_sentence(caplog: pytest.LogCaptureFixture) -> None:

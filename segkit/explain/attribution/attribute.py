@@ -178,7 +178,7 @@ def attribute(
     settings: AttributionSettings | None = None,
     track: Track = untracked,
 ) -> dict[str, Attribution]:
-    """What each part of a scan contributes to the segmentation of a structure.
+    """How much each part of a scan contributes to the segmentation of a structure.
 
     The number that is explained is the logit (or the probability) of the structure, summed over a
     region, by default the predicted structure. docs/attributions.md explains the methods, and what

@@ -79,7 +79,7 @@ def smooth_mprt(
     Hedström et al. (2023, arXiv:2401.06465): the cascade of Adebayo et al. (2018,
     arXiv:1810.03292), which begins at the output, with attributions that are means over noisy
     copies of the image, so that noise of gradients does not pass for sensitivity. An attribution
-    that stays similar does not depend on what the network has learnt.
+    that stays similar does not depend on the learnt weights.
 
     Args:
         network: the network; a copy is changed.

@@ -49,7 +49,7 @@ class Supervoxels:
 
     @classmethod
     def of(cls, numbers: Integer[ndarray, "x y z"], image: Grid) -> "Supervoxels":
-        """Supervoxels of any shape: the voxels of each number above 0. 0 and less is in no part."""
+        """Supervoxels of any shape: the voxels of each number above 0. Others have no part."""
         present, places = np.unique(numbers, return_inverse=True)
         held = (places.reshape(numbers.shape) - np.searchsorted(present, 1)).astype(np.int32)
         held = np.maximum(held, -1)

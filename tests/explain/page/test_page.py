@@ -15,6 +15,7 @@ import segkit.explain.page.page as page_module
 from segkit.explain.display import Bar, Bars, Curve, Line, Table, Verdict
 from segkit.explain.page.page import SCRIPTS, VIEWER, Layer, Page, page_text, write_page
 from segkit.geometry.grid import Grid
+from segkit.io.picture_rules import PictureFacts
 from segkit.io.volume import Volume
 from tests.browser import CHROMIUM, Shown, show
 from tests.explain.page.test_embed import grid_of
@@ -248,6 +249,24 @@ def test_the_patients_right_and_front_are_where_letters_say(
     assert abs(white_left - left) > 50
     letters = "".join(shown.text(f"edge {edge}") for edge in ("left", "right", "top", "bottom"))
     assert letters == ("RLAP" if right_is_left else "LRAP")
+
+
+@in_a_browser
+def test_a_micrograph_has_square_cells_and_long_names_keep_the_mark_of_low_values(
+    tmp_path: Path,
+) -> None:
+    grid = Grid((8, 8, 1), np.diag([0.0005, 0.0005, 1.0, 1.0]))
+    values = np.arange(64.0).reshape(grid.shape)
+    page = Page(
+        "Micrograph",
+        Volume(values.astype(np.float32), grid, picture=PictureFacts("µm", "a test")),
+        [Layer("gate", "map", values / 64, grid)],
+        bars=[Bars("AUROC", "AUROC", [Bar("intensity of channel 12 ↓", 0.25, baseline=True)])],
+    )
+    write_page(tmp_path / "page.html", page)
+    shown = show(tmp_path / "page.html", tmp_path / "run")
+    assert shown.console == [] and "Cells of 0.5 × 0.5 µm," in shown.dom
+    assert "intensity… channel 12 ↓<" in shown.dom
 
 
 @in_a_browser

@@ -61,7 +61,8 @@ function barPlot(plot) {
   drawing.append(words(plot.label, (left + WIDTH - right) / 2, bottom + 36, { class: "label" }));
   plot.bars.forEach(({ name, value, low, high, chance, baseline }, n) => {
     const middle = top + row * (n + 0.5);
-    const shown = name.length > 22 ? `${name.slice(0, 21)}…` : name;
+    // The end of a name holds its channel and the mark of low values, so its middle is left out.
+    const shown = name.length > 24 ? `${name.slice(0, 9)}…${name.slice(-13)}` : name;
     const kind = baseline ? " baseline" : "";
     const label = svg("text", { class: `name${kind}`, x: left - 8, y: middle + 4, "text-anchor": "end" }, shown);
     label.append(svg("title", {}, name));

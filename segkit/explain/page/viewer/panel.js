@@ -158,7 +158,7 @@ function mapControls(layer, changed) {
   choice.value = layer.colourMap;
   choice.addEventListener("change", () => { layer.colourMap = choice.value; paint(); changed(); });
   paint();
-  const pitch = layer.spacing.map((step) => Number(step.toPrecision(3))).join(" × ");
+  const pitch = layer.spacing.slice(0, layer.flat ? 2 : 3).map((step) => Number(step.toPrecision(3))).join(" × ");
   const hide = slider("Hide below", { min: layer.low, max: layer.high, value: layer.low }, format, (number) => {
     layer.threshold = number > layer.low ? number : -Infinity;
     changed();

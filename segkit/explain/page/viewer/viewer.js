@@ -121,7 +121,7 @@ function firstView(content, volumes) {
   const mapped = content.layers.some((layer) => layer.kind === "map");
   view.layers = content.layers.map((layer) => {
     const nth = kinds[layer.kind]++;
-    const described = { ...layer, volume: volumes[layer.volume], unit: view.unit };
+    const described = { ...layer, volume: volumes[layer.volume], unit: view.unit, flat: view.flat };
     if (layer.kind === "map") {
       const whole = [layer.low, layer.high];
       const [low, high] = layer.spans;
