@@ -414,7 +414,7 @@ def describe_volume(path: Path, volume: Volume) -> Understood:
         raise VolumeError(f"{path}: {trouble}")
     if volume.picture:
         return _describe_picture(path, volume, volume.picture)
-    first = grid.affine[:3, 3]
+    first = np.round(grid.affine[:3, 3], 2) + 0.0  # no minus sign before 0.00
     channels = data.shape[3] if data.ndim == 4 else 1
     orientation = Orientation.of(grid.affine).code
     lines = [

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 WORDS = (
     # Left and right in English, French, German, Dutch, Spanish, Portuguese, Italian, Latin,
-    # Swedish, Norwegian, Danish, Finnish, Polish, Czech, Russian and Chinese.
+    # Swedish, Norwegian, Danish, Finnish, Polish, Czech, Slovak, Romanian, Russian, Ukrainian,
+    # Greek, Turkish, Hungarian, Chinese, Japanese and Korean.
     *[("left", "right"), ("lft", "rgt"), ("gauche", "droite"), ("gauche", "droit")],
     *[("links", "rechts"), ("linke", "rechte"), ("linker", "rechter"), ("linkes", "rechtes")],
     *[("izquierdo", "derecho"), ("izquierda", "derecha"), ("izq", "dcho"), ("izda", "dcha")],
@@ -16,7 +17,10 @@ WORDS = (
     *[("sinistrum", "dextrum"), ("vanster", "hoger"), ("venstre", "hoyre"), ("venstre", "hojre")],
     *[("vasen", "oikea"), ("lewy", "prawy"), ("lewa", "prawa"), ("lewe", "prawe")],
     *[("levy", "pravy"), ("левый", "правый"), ("левая", "правая"), ("левое", "правое")],
-    *[("左", "右")],
+    *[("lavy", "pravy"), ("venstre", "hogre"), ("stang", "drept"), ("stanga", "dreapta")],
+    *[("лівий", "правий"), ("ліва", "права"), ("ліве", "праве")],
+    *[("αριστερο", "δεξιο"), ("αριστερα", "δεξια"), ("αριστερη", "δεξια")],
+    *[("左", "右"), ("왼쪽", "오른쪽")],
 )
 """Words that mean a side, also if they are joined to another word, as in `leftlung`."""
 MARKS = (("l", "r"), ("lt", "rt"), ("lh", "rh"))
@@ -24,7 +28,8 @@ MARKS = (("l", "r"), ("lt", "rt"), ("lh", "rh"))
 PAIRED = (
     *MARKS,
     *[("li", "re"), ("izq", "der"), ("sin", "dex"), ("sin", "dext"), ("sin", "dx"), ("sx", "dx")],
-    *[("sn", "dx"), ("sin", "dxt")],
+    *[("sn", "dx"), ("sin", "dxt"), ("esq", "dir"), ("sol", "sag"), ("bal", "jobb")],
+    *[("leva", "prava"), ("leve", "prave"), ("lava", "prava")],  # joined, they begin `levator`
 )
 """Abbreviations that mean a side if another label's name differs only in them."""
 LETTERS = (("g", "d"), ("i", "d"), ("e", "d"))

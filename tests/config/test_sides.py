@@ -64,6 +64,10 @@ PAIRS = [
     ("tooth_UL1", "tooth_UR1"),
     ("rib_L1", "rib_R1"),
     ("kidney_l", "Kidney R"),
+    ("levá ledvina", "pravá ledvina"),
+    ("rim_esq", "rim_dir"),
+    ("Sol böbrek", "Sağ böbrek"),
+    ("bal vese", "jobb vese"),
 ]
 
 
@@ -87,7 +91,16 @@ def test_names_that_differ_only_in_the_side_tell_it(pair: tuple[str, str]) -> No
         ["LNs", "GTV"],
         ["ILM", "OPL", "ONL", "RPE", "RNFL"],
         ["rectal", "renal", "lumbar", "liver", "cerebellum"],
+        ["levator ani", "elevator", "clavicle", "solitary nodule", "global", "direction"],
     ],
 )
 def test_letters_that_number_or_abbreviate_are_not_sides(labels: list[str]) -> None:
     assert names_of_sides(["background", *labels]) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ľavý ureter", "rinichi stâng", "права нирка", "αριστερό", "왼쪽 신장", "høgre nyre", "右腎"],
+)
+def test_a_word_for_a_side_is_enough_in_more_languages(name: str) -> None:
+    assert names_of_sides(["background", name]) == [name]
