@@ -237,7 +237,6 @@ def predict_files(
             labels.with_name(f"{stem}_preview.png") if preview else None,
         )
 
-    tell_changed_names(source.name for source in inputs)
     planned = _planned(inputs, targets_of)
     files = {file.resolve() for source in inputs for file in source.files}
     asked = models_and_settings(predictor)
@@ -325,6 +324,7 @@ def _planned(
     inputs: Sequence[Input], targets_of: Callable[[Input], Targets]
 ) -> list[tuple[Input, Targets | Outcome]]:
     """Each input with the paths of its results, or with an error if two inputs share a path."""
+    tell_changed_names(source.name for source in inputs)
     planned: list[tuple[Input, Targets | Outcome]] = []
     owners: dict[Path, Input] = {}
     for source in inputs:
