@@ -107,7 +107,7 @@ def bids_label_names(folder: Path) -> dict[str, tuple[int, ...]] | None:
         path
         for root in roots
         for path in sorted(root.glob(f"*{LABEL_SUFFIX}.tsv"))
-        if root == folder or parts_of(path)[0].get("desc") != PREDICTED
+        if root == folder or not path.name.startswith(f"desc-{PREDICTED}_")
     ]
     told: dict[str, tuple[int, ...]] | None = None
     for path in tables:
