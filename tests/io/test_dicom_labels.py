@@ -150,7 +150,7 @@ def test_brackets_in_names_of_structures_are_no_wildcards() -> None:
     [
         (2.4, "CLOSED_PLANAR", r"a contour between two slices, 0\.4 of a slice distance"),
         (7, "CLOSED_PLANAR", "a contour 2 slices beyond the series; complete the series"),
-        (-1, "CLOSED_PLANAR", "a contour 1 slices beyond the series; complete the series"),
+        (-1, "CLOSED_PLANAR", "a contour 1 slice beyond the series; complete the series"),
         (2, "POINT", "a contour of the kind POINT, but segkit fills only CLOSED_PLANAR; leave"),
     ],
 )

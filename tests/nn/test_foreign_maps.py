@@ -194,5 +194,5 @@ class Windows(nn.Module):
 
 
 def test_attention_within_windows_has_no_place_and_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"a batch of 2, found \(32, 1, 16, 16\); att"):
+    with pytest.raises(ModelError, match=r"a batch of 2, found \(32, 1, 16, 16\); choose"):
         record(Windows(), IMAGE, ["softmax"])

@@ -198,7 +198,7 @@ def test_cases_for_the_test_are_in_no_part(tmp_path: Path) -> None:
         assert sorted(names((*train, *held_out))) == ["case_0", "case_2", "case_3"]
     with pytest.raises(DatasetError, match=r"data\.test: expected only .*, found nobody"):
         dataset_of(config_with(folder, test=["nobody"]).data)
-    with pytest.raises(DatasetError, match=r"data\.validation names case_1, which is also in data"):
+    with pytest.raises(DatasetError, match=r"data\.validation contains case_1, which is also in"):
         split_of(dataset, config_with(folder, validation=["case_1"]))
     assert "1 more kept for a test" in str(check(folder, ["data.test=[case_1]"]))
 
