@@ -94,7 +94,7 @@ def test_folds_that_do_not_belong_together_are_refused(
 ) -> None:
     here, there, both = apart
     out = tmp_path / "all"
-    with pytest.raises(ConfigError, match=r"fold 0 is in .*fold_0 and in .*fold_0; give it once"):
+    with pytest.raises(ConfigError, match=r"fold_0 and .*fold_0 are both fold 0; give only one"):
         pool([here, both], out)
     with pytest.raises(
         ConfigError, match=r"data\d: expected a run or a cross-validation with a fin"
