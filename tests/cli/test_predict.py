@@ -79,7 +79,7 @@ def test_nothing_is_overwritten_unasked(
     code, _, err = run("predict", scan, "--model", finished, capsys=capsys)
     assert code == 2 and "exists already" in err and mine.read_bytes() == b"mine"
     code, _, err = run("predict", scan, "--model", finished, "--out", scan, capsys=capsys)
-    assert code == 2 and "is the input itself" in err
+    assert code == 2 and "would overwrite the input" in err
     code, _, _ = run("predict", scan, "--model", finished, "--overwrite", capsys=capsys)
     assert code == 0 and nib.load(mine).shape == (8, 8, 8)
 

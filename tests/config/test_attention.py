@@ -337,7 +337,7 @@ def test_paired_attention_needs_a_level_that_is_small_enough() -> None:
         ("epa", "make the patch smaller or add levels"),
         ("lka", "set its levels"),
     ):
-        reason = rf"decoder: {kind} needs a level of at most 32,768 voxels .*; {remedy}$"
+        reason = rf"decoder: {kind} needs a level of at most 32,768 voxels, .*; {remedy}$"
         with pytest.raises(ConfigError, match=reason):
             config_of_size([128, 64, 64], decoder=kind)
     config_of_size([128, 64, 64], decoder={"kind": "lka", "levels": [0]})

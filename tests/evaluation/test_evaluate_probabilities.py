@@ -77,7 +77,9 @@ def test_missing_probabilities_and_those_of_other_classes_are_refused(tmp_path: 
         evaluate(predictions, references, probabilities=True)
     two = Volume(np.zeros((*SHAPE, 2), np.float32), Grid(SHAPE, np.diag([1.0, 2.0, 3.0, 1.0])))
     write_volume(predictions / "case_1_prob.nii.gz", two)
-    with pytest.raises(VolumeError, match=r"case_1_prob.nii.gz: expected 3 probabilities"):
+    with pytest.raises(
+        VolumeError, match=r"case_1_prob.nii.gz: expected a probability for each of"
+    ):
         evaluate(predictions, references, probabilities=True)
     (references.parent / "dataset.json").unlink()
     with pytest.raises(ConfigError, match="probabilities need the names of the labels"):

@@ -79,7 +79,7 @@ def test_two_classes_are_worked_out_by_hand() -> None:
     after = -(3 * np.log(0.75) + np.log(0.25)) / 4
     assert found.log_loss == pytest.approx((before, after), abs=1e-4)
     assert found.told == (
-        "temperature 2.000, fitted on 1 held-out cases: ECE of voxels in question 0.1500 -> "
+        "temperature 2.000, fitted on 1 held-out case: ECE of voxels in question 0.1500 -> "
         f"{found.ece[1]:.4f}, log loss {before:.4f} -> {after:.4f}"
     )
 
