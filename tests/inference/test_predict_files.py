@@ -467,7 +467,10 @@ def test_no_result_takes_the_place_of_another_input(tmp_path: Path) -> None:
     paths = [noise_at(tmp_path / f"{name}.nii.gz") for name in ("scan", "scan_seg")]
     before = paths[1].read_bytes()
     first, second = predict_files(predictor_of(None), find_inputs(paths, 1), overwrite=True)
-    assert first.error is not None and "scan_seg.nii.gz: is an input itself" in first.error
+    assert (
+        first.error is not None
+        and "scan_seg.nii.gz: the prediction would overwrite an input" in first.error
+    )
     assert second.written[0] == tmp_path / "scan_seg_seg.nii.gz"
     assert paths[1].read_bytes() == before
 
