@@ -286,7 +286,8 @@ def study_of(
 def judge_blocks(rows: Sequence[Ablation]) -> list[BlockVerdict]:
     """A verdict on each block, in the order of the rows.
 
-    With p values over scans, corrected by Holm's method for the number of blocks:
+    With p values over scans, corrected by Holm's method for the number of blocks, and for having
+    looked for a fall and for a rise:
 
     - needed: Dice falls, by 0.01 or more on average;
     - not needed: Dice changes by less than 0.01 on average, by two one-sided tests, and falls by
@@ -304,9 +305,11 @@ def judge_blocks(rows: Sequence[Ablation]) -> list[BlockVerdict]:
     for row in used:
         by_block.setdefault(row.map, []).append(row)
     falls = {block: [-row.change for row in found] for block, found in by_block.items()}
-    needed = holm([needed_p(values) for values in falls.values()])
     without = holm([max(not_needed_ps(values)) for values in falls.values()])
-    harmful = holm([needed_p([-fall for fall in values]) for values in falls.values()])
+    downwards = [needed_p(values) for values in falls.values()]
+    upwards = [needed_p([-fall for fall in values]) for values in falls.values()]
+    changed = holm([*downwards, *upwards])
+    needed, harmful = changed[: len(falls)], changed[len(falls) :]
     return [
         _verdict(block, by_block[block], p_values, has_references=bool(labelled))
         for block, *p_values in zip(by_block, needed, without, harmful, strict=True)
