@@ -72,7 +72,9 @@ def test_a_name_that_is_no_case_is_refused() -> None:
 
 @pytest.mark.parametrize("everything", [1.0, 0.9, ["case 000", "case 001"]])
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(everything: float | list[str]) -> None:
-    with pytest.raises(DatasetError, match="no case is left to train on; hold out fewer of 2"):
+    with pytest.raises(
+        DatasetError, match="no case is left to train on; hold out fewer of its 2 cases"
+    ):
         split(dataset_of(2), everything, seed=0)
 
 
