@@ -159,7 +159,9 @@ def test_a_split_that_was_edited_is_refused(tmp_path: Path) -> None:
     split = split_in(run)
     moved = split["train"].pop()
     (run / "split.json").write_text(json.dumps({**split, "held_out": [*split["held_out"], moved]}))
-    with pytest.raises(ConfigError, match=rf"held_out has {moved}, which the run has trained on"):
+    with pytest.raises(
+        ConfigError, match=rf"held_out now has {moved}, which the run has trained on"
+    ):
         resume(run)
 
 
