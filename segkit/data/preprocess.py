@@ -25,10 +25,9 @@ from segkit.system.memory import free_memory
 Box = tuple[slice, slice, slice]
 NEAREST: Literal[0] = 0
 BYTES_PER_VALUE = 4
-SHARED_TYPES = tuple(
-    np.dtype(kind) for kind in ("i1", "u1", "i2", "i4", "i8", "f2", "f4", "f8", "?")
-)
-"""Types of arrays, in the byte order of this machine, that PyTorch can use without a copy."""
+SHARED_TYPES = tuple(np.dtype(kind) for kind in ("i1", "u1", "i2", "i4", "f2", "f4", "?"))
+"""Types of arrays, in the byte order of this machine, that PyTorch can use without a copy. Types of
+8 bytes are left out: they would need more of the device's memory than float32."""
 
 
 class TooLargeError(VolumeError):
