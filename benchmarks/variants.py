@@ -84,7 +84,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
                 ("encoder", "epa"),
                 ("bottleneck", "self_attention"),
                 ("bottleneck", "transformer"),
-                ("bottleneck", "shift"),
+                ("bottleneck", "{kind: self_attention, window: [4, 4, 4], shift: true}"),
             )
         },
         "MedNeXt blocks, no attention": ["network.attention={}", "network.block=mednext"],
