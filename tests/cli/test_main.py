@@ -1,6 +1,7 @@
 """What a user sees: files, one sentence, exit codes."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -38,6 +39,8 @@ def test_module_and_command_are_one() -> None:
         [sys.executable, "-m", "segkit", "--show-completion", "bash"],
         capture_output=True,
         text=True,
+        # Otherwise typer looks for the shell that runs the tests, which may be `sh` under make.
+        env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
     ).stdout
     assert "_SEGKIT_COMPLETE=complete_bash" in script and script.rstrip().endswith(" segkit"), (
         script
