@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from nibabel.orientations import io_orientation
 from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
