@@ -85,31 +85,22 @@ def check_alike(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> None
     Raises:
         ConfigError: a setting differs that must not.
     """
-    (first, config), *others = configs.items()
-    told: dict[str, Change] = {}
-    for fold, other in others:
-        for change in settings_that_differ(config, other):
-            key, before, after = change
-            if not may_differ(change):
-                raise ConfigError(
-                    f"{runs[fold]}: expected the {key} of {runs[first]}, {before}, found {after}; "
-                    f"give folds that were trained with the same settings"
-                )
-            told.setdefault(key, change)
-    _warn(runs[first].parent, told)
+    first = next(iter(configs))
+    for fold, change in _differences(configs):
+        key, before, after = change
+        if not may_differ(change):
+            raise ConfigError(
+                f"{runs[fold]}: expected the {key} of {runs[first]}, {before}, found {after}; "
+                f"give folds that were trained with the same settings"
+            )
+    tell_differences(runs[first].parent, configs)
 
 
 def tell_differences(folder: Path, configs: Mapping[int, Config]) -> None:
     """Warn if folds of a cross-validation do not share their settings."""
-    (_, config), *others = configs.items()
     told: dict[str, Change] = {}
-    for _, other in others:
-        for change in settings_that_differ(config, other):
-            told.setdefault(change[0], change)
-    _warn(folder, told)
-
-
-def _warn(folder: Path, told: Mapping[str, Change]) -> None:
+    for _, change in _differences(configs):
+        told.setdefault(change[0], change)
     if told:
         different = [f"{key} ({before} and {after})" for key, before, after in told.values()]
         logger.warning(
@@ -118,6 +109,14 @@ def _warn(folder: Path, told: Mapping[str, Change]) -> None:
             folder,
             first_few(different, 3),
         )
+
+
+def _differences(configs: Mapping[int, Config]) -> Iterator[tuple[int, Change]]:
+    """Each fold, with each setting in which it differs from the first."""
+    (_, config), *others = configs.items()
+    for fold, other in others:
+        for change in settings_that_differ(config, other):
+            yield fold, change
 
 
 def check_new_settings(
