@@ -99,7 +99,7 @@ def image_comparators(
             sizes = [min(count, size) for size in grid.shape]
             found[f"{name} averaged over {count} cells"] = uniform_filter(covered, sizes)
         for width in EDGE_WIDTHS:
-            edges = gradient_length(smoothed(covered, width), grid.spacing)
+            edges = gradient_length(smoothed(covered, width), grid.spacing, grid.directions)
             found[f"{name.replace('intensity', 'gradient')} smoothed over {width:g} cells"] = edges
         found |= _other_functions(name, image, covered, cells, smoothed)
     return found
