@@ -23,7 +23,7 @@ from segkit import (
     read_labels,
     read_volume,
 )
-from segkit.model.folder import newest_model
+from segkit.model.folder import model_folders, newest_model
 from segkit.nn.network import weights_of
 from tests.cli.command import run as run_command
 from tests.small import small_config, small_dataset
