@@ -75,9 +75,11 @@ class Grid:
     """A block of voxels: its shape, and the affine from voxel indices to world coordinates (mm).
 
     Example:
-        grid = Grid((40, 48, 20), np.diag([1.0, 1.0, 3.0, 1.0]))
-        grid.spacing  # (1.0, 1.0, 3.0) mm
-        grid.world(np.array([2.0, 0.0, 1.0]))  # array([2., 0., 3.])
+        >>> grid = Grid((40, 48, 20), np.diag([1.0, 1.0, 3.0, 1.0]))
+        >>> grid.spacing  # in mm
+        (1.0, 1.0, 3.0)
+        >>> grid.world(np.array([2.0, 0.0, 1.0]))  # in mm
+        array([2., 0., 3.])
     """
 
     shape: tuple[int, int, int]
@@ -308,9 +310,10 @@ class Placement:
     from the input down (Araujo et al. 2019, "Computing Receptive Fields of CNNs", Sec. 2.2).
 
     Example:
-        image = Placement.identity(num_axes=3)
-        level = image.through(kernel=(2, 2, 2), stride=(2, 2, 2), padding=(0, 0, 0))
-        level.stride, level.offset  # ((2, 2, 2), (0.5, 0.5, 0.5))
+        >>> image = Placement.identity(num_axes=3)
+        >>> level = image.through(kernel=(2, 2, 2), stride=(2, 2, 2), padding=(0, 0, 0))
+        >>> level.stride, level.offset  # in voxels of the image
+        ((2.0, 2.0, 2.0), (0.5, 0.5, 0.5))
     """
 
     stride: tuple[float, ...]
