@@ -119,7 +119,7 @@ def compare(
         strata: the group of each case, such as its hospital. Each bootstrap resample has as many
             cases of each group as the data.
         num_resamples: number of bootstrap resamples.
-        seed: of all random numbers.
+        seed: seed of all random numbers.
 
     Returns:
         A difference for each class and metric, and for the mean over classes.

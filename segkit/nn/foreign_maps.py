@@ -58,9 +58,9 @@ class TappedKeys:
 
 @dataclass(frozen=True)
 class TappedHeads:
-    """A hook after a call of `nn.MultiheadAttention`. It computes the weights again and records them.
+    """A hook after a call of `nn.MultiheadAttention`. It computes the weights again for the tap.
 
-    The output does not change, whichever kernel computed it.
+    The output of the call does not change.
     """
 
     def __call__(

@@ -22,10 +22,10 @@ class LargeKernelAttention(nn.Module):
         x + λ ⊙ W₂ (A ⊙ a),   A = W₃ conv₇(conv₅(a))
 
     Guo et al. (2022, arXiv:2202.09741, Eq. 1-2 and Fig. 3d). Both convolutions are depthwise, 5 and
-    7 cells (dilated by 3) along each axis, so that A sees 23 cells. W are 1x1 convolutions, and λ is a number for
-    each channel, 0.01 at first. In 3D it is that of Azad et al. (2023, arXiv:2309.00121), but
-    without deformable convolutions. Values of A have either sign and no bounds. The map is the mean
-    of their absolute values over channels.
+    7 cells (these dilated by 3) along each axis, so that A sees 23 cells. W are 1x1 convolutions,
+    and λ is a number for each channel, 0.01 at first. In 3D it is that of Azad et al. (2023,
+    arXiv:2309.00121), but without deformable convolutions. Values of A have either sign and no
+    bounds. The map is the mean of their absolute values over channels.
 
     We differ from the paper in two points. The second half of the block, a perceptron, is left out,
     because the U-Net's own convolutions follow. The shortcut of their code around W₂ within norm x

@@ -94,8 +94,8 @@ class MapTap(nn.Module):
         """Set the map's key and placement.
 
         Args:
-            position: of the module in the network, such as "skip.2".
-            level: of the features; 0 is the finest.
+            position: position of the module in the network, such as "skip.2".
+            level: level of the features; 0 is the finest.
             features: placement of the features that the module attends to.
         """
         placement = None

@@ -40,7 +40,7 @@ def impute(
         image: the image.
         deleted: the voxels to replace.
         noise: standard deviation of the noise that is added to them.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         A new image, of the same data type.
@@ -108,12 +108,12 @@ def road(
 
     Args:
         image: the image, (channel, *space).
-        attribution: a value for each voxel, (*space). Voxels of NaN are never deleted; equal values are
-            deleted in random order.
+        attribution: a value for each voxel, (*space). Voxels of NaN are never deleted; equal
+            values are deleted in random order.
         score: a function of an image, such as the soft Dice of its prediction.
         fractions: the shares of voxels to delete, each below 1.
         noise: standard deviation of the noise in imputed voxels, in the units of the image.
-        seed: of noise and of random order.
+        seed: seed of noise and of random order.
 
     Returns:
         The score for each share.

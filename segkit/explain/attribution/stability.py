@@ -28,7 +28,7 @@ def noisy_copies(
         image: the image.
         radius: the noise is between -radius and radius, in the units of the image.
         draws: number of copies.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Yields:
         The copies, of the image's data type.
