@@ -213,9 +213,9 @@ def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
         f"{_size(candidate.divisor)}{shrunk}: {rules.SMALLEST_BATCH} patches have "
         f"{rules.SMALLEST_BATCH * cost / 1e6:.4g} million activations, and {gigabytes:g} GB {verb} "
         f"{budget / 1e6:.4g} million.",
-        "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches. A batch has at most 5 % of "
-        f"the dataset's voxels ({covered:.4g} patches), but at least {rules.SMALLEST_BATCH} "
-        f"patches.",
+        "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches. A batch has at most "
+        f"5 % of the dataset's voxels ({covered:.4g} patches), but at least "
+        f"{rules.SMALLEST_BATCH} patches.",
         "channels": f"{channels[0]} at the finest of {counted(len(channels), 'level')}, doubled "
         "at each step, "
         f"and at most {rules.MOST_CHANNELS[num_axes]}.",
@@ -321,7 +321,8 @@ def _plan(
         "slices": _why_slices(numbers, spacing),
         "low_resolution": why_low,
         "batch_dice": (
-            "A patch covers little of an image, so Dice is computed over the whole batch."
+            "A patch covers little of an image, so Dice is computed over the whole batch, which is "
+            "more stable."
             if pooled
             else "A patch covers enough of an image, so Dice is computed for each patch."
         ),
