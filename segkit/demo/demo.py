@@ -62,7 +62,7 @@ def run_demo(
         steps: training steps.
         overwrite: whether an earlier demo in `out` may be replaced.
         say: prints a line.
-        callbacks: of Lightning, for training.
+        callbacks: Lightning callbacks for the training.
         track: reports the progress.
 
     Returns:
@@ -202,7 +202,7 @@ def demo_config(
         dataset: a folder from `write_dataset`.
         contrast: contrasts of the training scans: similar to a T1 scan, or random.
         steps: training steps.
-        seed: of all random numbers.
+        seed: seed of all random numbers.
 
     Raises:
         ConfigError: if a setting is not valid.

@@ -38,7 +38,7 @@ def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
     Args:
         folder: the folder to write the dataset to.
         num_cases: number of cases.
-        seed: of all random numbers; the same seed gives the same files.
+        seed: seed of all random numbers; the same seed gives the same files.
 
     Raises:
         OSError: if the folder cannot be written.

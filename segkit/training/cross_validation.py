@@ -122,7 +122,7 @@ def cross_validate(
 
     Raises:
         ConfigError: the config names a fold or several processes, or does not fit the dataset.
-        DatasetError: there are fewer cases than folds.
+        DatasetError: there are fewer cases than folds, or there is no fold of such a number.
         SegkitError: a training fails, as `train` describes.
 
     Example:

@@ -156,8 +156,8 @@ def check_new_settings(
     if after.train.steps <= before.train.steps:
         raise ConfigError(
             f"{folder}: {others[0][0]} was changed, but {names} finished with the earlier value, "
-            f"and folds of one cross-validation share their settings; change it back, set more "
-            f"train.steps too, with which all folds go on, or train a new cross-validation"
+            f"and folds of one cross-validation share their settings; change it back, also set "
+            f"more train.steps (then all folds continue), or train a new cross-validation"
         )
 
 

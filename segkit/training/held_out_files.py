@@ -21,7 +21,7 @@ class HeldOutFiles:
     """Writes `CASE_seg` and, if asked, `CASE_prob`, named and made as `segkit predict` does.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
         keep: `labels`, or `probabilities`, which are kept beside labels.
     """
 

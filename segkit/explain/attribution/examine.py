@@ -81,7 +81,7 @@ def examine_attributions(
         volume: the scan.
         labels: the labels that are the regions of the attributions.
         found: the attributions, by key.
-        seed: of random orders and weights.
+        seed: seed of random orders and weights.
         track: reports the progress.
 
     Returns:

@@ -43,7 +43,7 @@ def random_logit(
             calls `attribute` with `structure="liver"` and this `output`.
         output: the output.
         others: the outputs from which another one is drawn.
-        seed: of the draw.
+        seed: seed of the draw.
         similarity: compares two attributions.
 
     Returns:
@@ -87,7 +87,7 @@ def smooth_mprt(
         image: the image.
         draws: number of copies; the last one has no noise.
         noise: standard deviation of the noise, as a share of the image's range.
-        seed: of noise and weights.
+        seed: seed of noise and weights.
         similarity: compares two attributions.
 
     Returns:
@@ -128,7 +128,7 @@ def randomised(network: AnyModule, *, seed: int = 0) -> Iterator[tuple[str, AnyM
 
     Args:
         network: the network.
-        seed: of the weights.
+        seed: seed of the weights.
 
     Yields:
         The name of the layer, and the copy, which the next step changes.

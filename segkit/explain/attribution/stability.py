@@ -26,18 +26,21 @@ def noisy_copies(
 
     Args:
         image: the image.
-        radius: the noise is between -radius and radius.
+        radius: the noise is between -radius and radius, in the units of the image.
         draws: number of copies.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Yields:
         The copies, of the image's data type.
 
     Raises:
-        SegkitError: the radius is negative.
+        SegkitError: the radius is negative. It is raised when the first copy is taken.
 
     Example:
-        copies = list(segkit.noisy_copies(scan.data, radius=0.02, draws=10))
+        >>> image = np.linspace(0.0, 1.0, 8)
+        >>> copies = list(segkit.noisy_copies(image, radius=0.02, draws=10))
+        >>> len(copies), bool(abs(copies[0] - image).max() <= 0.02)
+        (10, True)
     """
     if not radius >= 0:
         raise SegkitError(f"radius: expected 0 or more, found {radius}; raise it")
