@@ -124,7 +124,7 @@ def test_a_plan_that_was_raced_is_a_config_with_a_table(
     monkeypatch.setattr(racing, "SHORTEST", 2.0)
     monkeypatch.setattr(racing, "FEWEST_STEPS", 2)
     monkeypatch.setattr(racing, "SHARE", 0.9)
-    planned = plan_by_race(dataset, cache=tmp_path / "c", device="cpu", minutes=0.5)
+    planned = plan_by_race(dataset, cache=tmp_path / "c", device="cpu", minutes=1)
     assert "# Chosen by mean Dice of 1 training cases" in planned.text
     path = tmp_path / "plan.yaml"
     path.write_text(planned.text)
