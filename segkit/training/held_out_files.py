@@ -22,7 +22,7 @@ class HeldOutFiles:
 
     Args:
         folder: the folder of the run.
-        keep: `labels`, or `probabilities`, which are kept beside labels.
+        keep: `labels`, or `probabilities` to write both.
     """
 
     def __init__(self, folder: Path, keep: str) -> None:
