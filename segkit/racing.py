@@ -39,7 +39,7 @@ SHORTEST = 30.0
 Shorter races chose 3D for sarcoma CT, for which 2D is twice as good after 4 minutes."""
 FEWEST_STEPS = 200
 """Fewest steps of a candidate's first training; if there is no time for them, it does not race.
-On hippocampus, a race of 62 steps in 3D chose 2D, and one of 222 steps chose 3D, which is better."""
+On hippocampus, a race of 62 steps in 3D chose 2D; one of 222 steps chose 3D, which is better."""
 SECONDS_TO_PLAN = 5.0
 """About the time that timing the steps of the candidates takes."""
 SHARE_OF_SCORING = 0.3
