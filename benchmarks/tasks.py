@@ -37,7 +37,8 @@ from segkit.racing import plan_by_race
 from segkit.system.allocator import keep_freed_memory
 from segkit.system.progress import Tracker
 from segkit.training.final_scores import score
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
+from segkit.training.resume import resume
 from segkit.training.split import Split, split
 
 TABLE = Path(__file__).with_suffix(".json")

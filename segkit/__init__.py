@@ -65,9 +65,10 @@ if TYPE_CHECKING:
     from segkit.nn.foreign_maps import record
     from segkit.planning.make_plan import Planned, plan_dataset
     from segkit.training.cross_validation import CrossValidation, cross_validate
-    from segkit.training.fit import Run, fit, resume, train
+    from segkit.training.fit import Run, fit, train
     from segkit.training.parts import TrainingParts, prepare
     from segkit.training.pool import pool
+    from segkit.training.resume import resume
 
 __all__ = [
     "AttentionMap",
@@ -201,9 +202,10 @@ _HOMES = {
     "segkit.nn.foreign_gates": ("gate",),
     "segkit.nn.foreign_maps": ("record",),
     "segkit.planning.make_plan": ("Planned", "plan_dataset"),
-    "segkit.training.fit": ("Run", "fit", "resume", "train"),
+    "segkit.training.fit": ("Run", "fit", "train"),
     "segkit.training.parts": ("TrainingParts", "prepare"),
     "segkit.training.pool": ("pool",),
+    "segkit.training.resume": ("resume",),
     "segkit.io.pictures": ("label_colour", "write_montage"),
     "segkit.io.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
 }
