@@ -19,8 +19,10 @@ from segkit.errors import DatasetError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.nn.network import SegmentationNetwork
-from segkit.planning import make_plan as planning
-from segkit.planning.make_plan import Planned, Preset, plan_dataset, schedule_within
+from segkit.planning import planned_seconds, planning_task
+from segkit.planning.make_plan import Planned, plan_dataset
+from segkit.planning.planning_task import Preset
+from segkit.planning.schedule import schedule_within
 from segkit.training.fit import train
 from tests.small import magnified, small_dataset
 
@@ -76,8 +78,8 @@ def test_twice_the_time_gives_more_steps_or_a_larger_network(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Between them, 1200 steps of this dataset's network at width 8 fit, and not at width 32.
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e9)
-    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e9)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
 
     def planned(minutes: float) -> Config:
         return plan_dataset(dataset, cache=tmp_path / "cache", device="cpu", minutes=minutes).config
@@ -157,9 +159,9 @@ def test_a_plan_for_a_gpu_elsewhere_follows_its_memory_and_the_minutes(
 def test_two_stages_share_the_minutes(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 2e9)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 2e9)
     # Scoring takes the same time on every machine, however busy it is.
-    monkeypatch.setattr(planning, "seconds_of_window", lambda *_: 0.01)
+    monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.01)
     entered = []
 
     def half_a_second(
@@ -169,7 +171,7 @@ def test_two_stages_share_the_minutes(
         entered.append(image.shape[1])
         return 0.5
 
-    monkeypatch.setattr(planning, "step_seconds", half_a_second)
+    monkeypatch.setattr(planned_seconds, "step_seconds", half_a_second)
     planned = plan_dataset(
         large, cache=tmp_path / "cache", device="cpu", minutes=10.0, gigabytes=0.05
     )
@@ -193,9 +195,9 @@ def test_volumes_are_planned_in_slices_if_time_leaves_a_small_patch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: speed)
-    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
-    monkeypatch.setattr(planning, "seconds_of_window", lambda *_: 0.01)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: speed)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.01)
     planned = plan_dataset(
         large, cache=tmp_path / "cache", device="cpu", minutes=4.0, spatial_dims=asked
     )
@@ -207,8 +209,8 @@ def test_volumes_are_planned_in_slices_if_time_leaves_a_small_patch(
 
 
 def test_slices_are_planned_as_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e9)
-    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e9)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
     folder = sliced(small_dataset(tmp_path / "slices", num_cases=5))
     planned = plan_dataset(folder, cache=tmp_path / "c", device="cpu")
     assert planned.config.network.spatial_dims == 2 and planned.config.data.slices == "coronal"
@@ -274,9 +276,9 @@ def planned_in(folder: Path, minutes: float, cache: Path) -> Planned:
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which a step takes half a second and a window a hundredth."""
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e10)
-    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
-    monkeypatch.setattr(planning, "seconds_of_window", lambda *_: 0.01)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e10)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.01)
 
 
 @pytest.mark.parametrize("minutes", [0.1, 1.0, 5.0, 60.0, 1000.0])
