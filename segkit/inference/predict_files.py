@@ -34,15 +34,8 @@ from segkit.io.disk_arrays import OnDisk
 from segkit.io.file_names import tell_changed_names
 from segkit.io.inputs import Input, failure, read_input, series_of
 from segkit.io.pictures import PAGES, PLANES, label_colour, write_montage
-from segkit.io.volume import (
-    SUFFIXES,
-    Volume,
-    check_writable,
-    numbers_suffix,
-    stem_of,
-    suffix_of,
-    write_volume,
-)
+from segkit.io.volume import Volume, write_volume
+from segkit.io.volume_names import SUFFIXES, check_writable, numbers_suffix, stem_of, suffix_of
 from segkit.provenance import PROVENANCE, check_asked, check_made_of
 
 T = TypeVar("T")

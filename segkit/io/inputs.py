@@ -26,13 +26,15 @@ from segkit.io.series_rules import SeriesRule
 from segkit.io.volume import (
     AS_IT_SAYS,
     BYTES_OF_IMAGE,
-    SUFFIXES,
     Volume,
-    has_volume_suffix,
     is_dicom_path,
-    is_picture,
     read_num_channels,
     read_volume,
+)
+from segkit.io.volume_names import (
+    SUFFIXES,
+    has_volume_suffix,
+    is_picture,
     result_suffix,
     stem_of,
     suffix_of,

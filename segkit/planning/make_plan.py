@@ -17,7 +17,8 @@ from segkit.data.dataset import Dataset
 from segkit.errors import counted, printable
 from segkit.inference.window_seconds import num_windows
 from segkit.io.file_names import is_file_name
-from segkit.io.volume import is_picture, read_picture_facts
+from segkit.io.volume import read_picture_facts
+from segkit.io.volume_names import is_picture
 from segkit.planning import nnunet_rules as rules
 from segkit.planning.absent_gpu import LIKE, estimated_seconds
 from segkit.planning.config_text import Sections, sections_of, text_of, values_of
