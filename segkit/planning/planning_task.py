@@ -15,7 +15,6 @@ from segkit.data.case_facts import CASES_PER_PROCESS
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.errors import counted, printable
 from segkit.planning import nnunet_rules as rules
-from segkit.planning.config_text import Schedule
 from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import (
     Plan,
@@ -25,7 +24,7 @@ from segkit.planning.plan import (
     plan_for_memory,
     plan_for_time,
 )
-from segkit.planning.schedule import MOST_VALIDATIONS
+from segkit.planning.schedule import MOST_VALIDATIONS, Schedule
 from segkit.planning.speed import Figures, multiply_adds_per_second
 from segkit.system.progress import Track
 from segkit.system.resources import choose_device, free_memory_of, limit_threads, num_cores

@@ -4,6 +4,7 @@ Patches, augmentation and noise depend only on the seed and the step. So a run t
 with the same weights as a run that was never stopped.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -56,6 +57,8 @@ from segkit.training.run_folder import (
     read_record,
 )
 from segkit.training.trainer import determinism_as_before, make_trainer, steps_between
+
+logger = logging.getLogger(__name__)
 
 
 def resume(
