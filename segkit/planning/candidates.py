@@ -1,4 +1,4 @@
-"""DOC."""
+"""Candidate plans for a race between them (`segkit.racing`)."""
 
 from collections.abc import Callable
 from dataclasses import replace

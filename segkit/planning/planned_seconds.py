@@ -1,4 +1,4 @@
-"""DOC."""
+"""Seconds of a step and of a window of a planned network, measured on this machine."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""DOC."""
+"""What to plan: a measured dataset, and the budget in time and memory."""
 
 import logging
 import math
