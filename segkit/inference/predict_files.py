@@ -29,7 +29,7 @@ from segkit.io.atomic import (
     unfinished_files,
     write_json,
 )
-from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
+from segkit.io.dicom_headers import DICOM_SUFFIX
 from segkit.io.disk_arrays import OnDisk
 from segkit.io.file_names import tell_changed_names
 from segkit.io.inputs import Input, failure, read_input, series_of

@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, printable, sentence_of
-from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
-from segkit.io.dicom import (
+from segkit.io.dicom import read_series
+from segkit.io.dicom_headers import DICOM_SUFFIX, holds_frames
+from segkit.io.dicom_listing import (
     Series,
     choose_series,
     find_folders,
-    holds_frames,
     holds_series,
     is_only_image,
-    read_series,
     series_at,
 )
 from segkit.io.dicom_tree import name_in, path_of, read_tree

@@ -20,8 +20,9 @@ from numpy import ndarray
 from segkit.errors import VolumeError
 from segkit.geometry.grid import LPS_TO_RAS, Grid, Orientation
 from segkit.io.atomic import whole
-from segkit.io.dicom import arranged, is_dicom, read_series, series_at
+from segkit.io.dicom import arranged, read_series
 from segkit.io.dicom_labels import paint_structures, structure_kind
+from segkit.io.dicom_listing import is_dicom, series_at
 from segkit.io.gridded import Volume as Volume
 from segkit.io.itk import itk_image, simple_itk
 from segkit.io.metaimage import read_metaimage_header
