@@ -154,7 +154,7 @@ def header_text(reader: Any, key: str) -> str:
 
 
 def header_numbers(file: Path, reader: Any, key: str) -> tuple[float, ...]:
-    """Numbers of a header field; none if it is missing. Raises VolumeError if they are no numbers."""
+    """Numbers of a header field; none if it is missing. Raises VolumeError for other text."""
     text = header_text(reader, key)
     try:
         values = tuple(float(part) for part in text.split("\\")) if text else ()
