@@ -41,7 +41,8 @@ if TYPE_CHECKING:
         relative_input_stability,
         relative_output_stability,
     )
-    from segkit.explain.explain_scan import Explanation, explain_volume
+    from segkit.explain.explain_scan import explain_volume
+    from segkit.explain.explanation import Explanation
     from segkit.explain.verdicts.identity import AttentionStudy, BlockVerdict, judge_attention
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
@@ -181,7 +182,8 @@ _HOMES = {
         "relative_input_stability",
         "relative_output_stability",
     ),
-    "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
+    "segkit.explain.explain_scan": ("explain_volume",),
+    "segkit.explain.explanation": ("Explanation",),
     "segkit.explain.verdicts.identity": ("AttentionStudy", "BlockVerdict", "judge_attention"),
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),
