@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Generator, Tensor
 
-from segkit.data.patches import cut
-
 Batch = tuple[Float[Tensor, "batch channel *space"], Integer[Tensor, "batch *space"]]
 Vary = Callable[[Tensor, Tensor, Generator], tuple[Tensor, Tensor]]
 """A function that augments a batch of images and labels with a generator."""

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Generator, Tensor
 
-from segkit.data.patches import cut
 from segkit.data.preprocess import Prepared, cropped, prepare_label
 from segkit.errors import VolumeError
 from segkit.io.volume import Volume
