@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
-from segkit.inference.predict_files import output_path
+from segkit.inference.result_files import output_path
 from segkit.io.inputs import find_inputs
 from segkit.io.volume import Volume, files_of, read_grid, read_volume, write_volume
 from segkit.io.volume_names import check_writable, result_suffix
