@@ -43,8 +43,8 @@ def evaluate_command(
     missing: Annotated[
         Literal["refuse", "skip", "empty"],
         Option(
-            help="For references without a prediction: stop with an error (refuse), skip them, or "
-            "score an empty prediction."
+            help="For references without a prediction: stop with an error (refuse), leave them out "
+            "(skip), or score them as if nothing had been found (empty)."
         ),
     ] = "refuse",
     probabilities: Annotated[

@@ -2,7 +2,7 @@
 
 Kinds and probabilities are those of nnU-Net's cascade (Isensee et al. 2021). Everything runs on the
 device of the labels without waiting for it; a change that is not drawn takes no time. A voxel
-always has exactly one label, which would not hold if the channel of each class were changed alone.
+always has exactly one label. That would not hold if each class were changed in its own channel.
 """
 
 from collections.abc import Callable

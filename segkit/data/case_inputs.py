@@ -1,4 +1,4 @@
-"""The volumes that a model is to work on: files, folders, tables and datasets."""
+"""The volumes for a model: files, folders, tables and datasets."""
 
 import logging
 from collections.abc import Sequence
@@ -41,12 +41,12 @@ def inputs_in(
     Args:
         paths: volumes, DICOM series, or folders of either, as `find_inputs` has it; or a dataset: a
             folder with a dataset.json or in the form of BIDS, a YAML file with `data`, or a table
-            (.csv, .tsv) with the columns `id`, and `image` or one for each channel. Of a dataset
-            all cases are taken, with labels or without.
+            (.csv, .tsv) with the columns `id`, and `image` or one for each channel. All cases of a
+            dataset are taken, with labels or without.
         channels: names of the model's channels. Those of a dataset are brought to their order.
-        series: of a folder of DICOM files, as for `find_inputs`.
+        series: the choice of series in a folder of DICOM files, as for `find_inputs`.
         rules: how pictures are read; a dataset's pixel size counts if they give none.
-        but: a folder inside, where results go.
+        but: a folder inside these, such as that of results, which is skipped.
 
     Raises:
         SegkitError: a path names no volume, or its channels are others.
@@ -63,7 +63,7 @@ def inputs_in(
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether a path names a dataset rather than volumes: by YAML, a table, BIDS, dataset.json."""
+    """Whether a path names a dataset instead of volumes: a YAML, a table, BIDS or dataset.json."""
     if not path.is_dir():
         return path.suffix.lower() in (*YAML_SUFFIXES, *TABLE_SUFFIXES)
     if volumes_among(file for file in path.iterdir() if not file.name.startswith(".")):
@@ -77,7 +77,7 @@ def config_at(path: Path) -> DatasetConfig:
 
 
 def table_config(path: Path, channels: Sequence[str]) -> DatasetConfig:
-    """A table that is given by itself, as the settings that would name it. Raises DatasetError."""
+    """The settings of a dataset for a table that is given by itself. Raises DatasetError."""
     _, columns = read_csv(path)
     own = {column.strip().lower(): column for column in columns}
     if all(channel.lower() in own for channel in channels):

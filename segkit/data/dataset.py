@@ -129,14 +129,12 @@ def read_dataset(
     If one channel name, such as photo, stands for a picture of several channels, the channels are
     called photo red, photo green and photo blue.
 
-    `dicom` says which series are images and, beside other files, which DICOM structures are which
-    class.
-
     Args:
         folder: the folder of the dataset.
         files: settings of the files, instead of `folder/dataset.json`.
         pictures: information that pictures lack, instead of that in the dataset.json.
         given: classes and numbers, instead of those in the dataset.json or in `files`.
+        dicom: the DICOM series that are images, and the class of each DICOM structure.
 
     Raises:
         DatasetError: the dataset is wrong or incomplete.
@@ -304,7 +302,7 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
 
 
 def read_case_label(case: CaseFiles, dataset: Dataset) -> Volume:
-    """The label of a case with the numbers in its file. Raises DatasetError."""
+    """The label of a case, with the numbers in its file. Raises DatasetError."""
     label = read_label_values(case.label, rules=dataset.rules, working=BYTES_OF_LABEL)
     return label.like(_whole(case, label, dataset))
 

@@ -115,7 +115,7 @@ def _patterns(folder: Path) -> dict[str, list[Path]]:
 
 
 def _of_patient(place: PurePosixPath) -> str:
-    """The pattern of a file in a patient's folder: `*/*/*_t1.nii` of `p1/visit2/p1_t1.nii`."""
+    """The pattern of a file in a patient's folder: `*/*/*_t1.nii` for `p1/visit2/p1_t1.nii`."""
     patient = re.escape(place.parts[0])
     whole_word = re.compile(rf"(?<![A-Za-z0-9]){patient}(?![A-Za-z0-9])")
     *folders, name = (whole_word.sub("*", part) for part in place.parts)

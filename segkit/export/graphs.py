@@ -45,7 +45,7 @@ def export_onnx(
     Args:
         model: a trained model.
         file: .onnx.
-        overlap: of windows, as the export tells deployers.
+        overlap: share of a window that neighbours have in common, written to the export.
         any_size: True if the spatial axes may have any length that is a multiple of the network's
             strides. Before the file appears, it is run at another size and compared with PyTorch.
 
@@ -131,7 +131,7 @@ def export_reduced(
         file: .onnx, or .xml with .bin beside it.
         precision: float16 or int8.
         calibration: real scans, on which int8 measures the range of features.
-        overlap: of windows, as the export tells deployers.
+        overlap: share of a window that neighbours have in common, written to the export.
         any_size: True if windows may have any size; only for ONNX.
 
     Raises:

@@ -58,7 +58,7 @@ def card_text(
     Args:
         name: name of the model.
         address: the value of `--model` that loads it.
-        descriptions: of the model, or of the model of each fold.
+        descriptions: the description of the model, or of the model of each fold.
         facts: settings, scores and verdicts.
         words: the author's statements.
         picture: name of the file with a picture, if one is shared.

@@ -99,10 +99,10 @@ def check_reduced(
     """Predict a scan with both graphs, and compare the labels and the times.
 
     Args:
-        model: of both graphs.
+        model: the model of both graphs.
         whole: the graph in float32.
         reduced: the graph in the lower precision.
-        precision: of that graph.
+        precision: precision of the second graph.
         scan: a real scan.
         reference: labels of the scan, as files hold them.
     """

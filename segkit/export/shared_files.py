@@ -129,7 +129,7 @@ def _copy_model(source: Path, target: Path, name: str) -> None:
         else:
             save_file(load_file(source / WEIGHTS), target / WEIGHTS)
     except SafetensorError as error:
-        raise ModelError(f"{source / WEIGHTS}: cannot be read: {error}; train it anew") from None
+        raise ModelError(f"{source / WEIGHTS}: cannot be read: {error}; train it again") from None
     for number in range(description.first_stage.models if description.first_stage else 0):
         _copy_model(source / FIRST / str(number), target / FIRST / str(number), name)
 

@@ -1,9 +1,9 @@
-"""Results as BIDS derivatives: where they go, what they are called, and what describes them.
+"""Results as BIDS derivatives: their folders, their names, and the files that describe them.
 
 out/dataset_description.json
 out/desc-segkit_dseg.tsv                                     names of labels
 out/sub-01/ses-b/anat/sub-01_ses-b_desc-segkit_dseg.nii.gz   labels
-out/sub-01/ses-b/anat/sub-01_ses-b_desc-segkit_dseg.json     what made them
+out/sub-01/ses-b/anat/sub-01_ses-b_desc-segkit_dseg.json     their provenance
 """
 
 import hashlib

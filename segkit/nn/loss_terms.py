@@ -156,7 +156,7 @@ def top_k(inputs: LossInputs, share: float) -> Float[Tensor, ""]:
     Args:
         inputs: probabilities and targets.
         share: share of the voxels that count, in (0, 1]; at least one voxel counts. Ignored voxels
-            are not part of the total. With regions, of all voxels of all regions.
+            are not part of the total. With regions, the total is all voxels of all regions.
     """
     each = torch.where(inputs.weight > 0, inputs.cross_entropy * inputs.weight, 0).flatten()
     counted = (inputs.weight > 0).sum()

@@ -31,7 +31,7 @@ def soft_dice(
     denominator (Drozdzal et al. 2016).
 
     Args:
-        probabilities: of each class, the background first.
+        probabilities: probabilities of each class, the background first.
         target: 1 if the voxel belongs to the class, else 0.
         pool_batch: take the sums over the whole batch, instead of averaging the Dice of each
             sample.
@@ -255,11 +255,11 @@ def presence_cross_entropy(
     """Binary cross-entropy of the presence of each class in each image.
 
     Args:
-        logits: of each class, beginning with class 1; with `regions`, of each region.
-        label: an image has a class if any voxel has its label.
+        logits: logits of each class, beginning with class 1; with `regions`, of each region.
+        label: labels. An image contains a class if any voxel has its label.
         regions: the labels in each region.
-        ignore: ignored voxels might belong to any class. So in an image with such voxels, only
-            classes that are present count.
+        ignore: the label of ignored voxels, which might belong to any class. So in an image with
+            such voxels, only classes that are present count.
     """
     with torch.autocast(logits.device.type, enabled=False):
         voxels = label.flatten(1)

@@ -230,8 +230,8 @@ class Windows(NamedTuple):
     """A grid cut into windows of one size, and padded at the end of each axis to fill the last.
 
     Shifted windows are those of Liu et al. (2021, arXiv:2103.14030, Fig. 4): the grid is rolled, so
-    the number of windows stays. The last windows then hold cells of both ends, which must not
-    attend to one another; see `pairs`.
+    the number of windows does not change. The last windows then hold cells of both ends, which must
+    not attend to one another; see `pairs`.
     """
 
     space: tuple[int, ...]
@@ -285,7 +285,7 @@ class Windows(NamedTuple):
     ) -> Bool[Tensor, "windows cells cells"] | None:
         """Which cells of a window attend to which; None if all on the grid do.
 
-        Cells beyond the grid attend to all on it, or their softmax would be of nothing.
+        Cells beyond the grid attend to all cells on it; otherwise their softmax would be empty.
         """
         if not any(self.shift):
             return None

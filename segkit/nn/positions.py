@@ -1,4 +1,4 @@
-"""Three ways to encode the positions of tokens, which attention cannot know otherwise."""
+"""Three ways to encode the positions of tokens. Without them, attention ignores positions."""
 
 import math
 from collections.abc import Sequence

@@ -326,7 +326,7 @@ class UNet(nn.Module):
 
 
 def _identity(channels: int, level: int = 0) -> nn.Module:
-    """The identity, in place of attention."""
+    """The identity, instead of attention."""
     return nn.Identity()
 
 

@@ -87,7 +87,7 @@ def sections_of(
             "minutes": (
                 schedule.minutes,
                 "Wall time from preparing the cases to the final scores. The learning rate follows "
-                "the time and reaches its end with it; null trains exactly the given steps.",
+                "this time. With null, training takes exactly the given steps.",
             ),
             "batch_dice": (plan.batch_dice, why["batch_dice"]),
             "optimiser": ("sgd" if own_schedule else "adamw", ""),
@@ -97,12 +97,12 @@ def sections_of(
             ),
             "validate_every": (
                 schedule.validate_every,
-                "Steps between validations, with a checkpoint to resume from.",
+                "Steps between validations. Each also writes a checkpoint to resume from.",
             ),
             "validation_cases": (
                 schedule.validation_cases,
-                "Validations take at most a tenth of the time, so they use only so many of the "
-                "held-out cases; the final scores use all.",
+                "Validations take at most a tenth of the time, so each uses only this number of "
+                "held-out cases. The final scores use all.",
             ),
         },
         "trainer": {"accelerator": (accelerator, "")},

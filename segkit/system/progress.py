@@ -109,8 +109,8 @@ class CohortProgress:
         console: the console for bars or lines for people.
         what: the name of the work.
         count: the number of volumes.
-        reports: where reports for programs are written: one JSON object per line, with `progress`
-            (the share that is done, from 0 to 1), `volumes` (how many there are) and
+        reports: a stream to which reports for programs are written: one JSON object per line, with
+            `progress` (the share that is done, from 0 to 1), `volumes` (their number) and
             `seconds_left` (null before it can be estimated).
     """
 

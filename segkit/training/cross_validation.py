@@ -119,7 +119,7 @@ def cross_validate(
 
     Raises:
         ConfigError: the config names a fold or several processes, or does not fit the dataset.
-        DatasetError: there are fewer cases than folds.
+        DatasetError: there are fewer cases than folds, or there is no fold of such a number.
         SegkitError: a training fails, as `train` describes.
 
     Example:
@@ -185,7 +185,7 @@ def resume_folds(
         folder: the folder of the cross-validation.
         folds: numbers of folds to train as well, or "all".
         overrides: changes of settings such as `train.steps=2000`, for all folds. With more steps,
-            finished folds go on too.
+            finished folds continue too.
         say: receives a line of text before each fold.
         callbacks: Lightning callbacks that are called during each training.
         track: shows the progress over cases.
@@ -291,7 +291,7 @@ def _go_on(
 
 
 def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
-    """Pool the finished folds of a folder; its models adopt the choices that all of them favour."""
+    """Pool the finished folds of a folder. Their models get the selected post-processing."""
     summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in folds}
     models = [_fold(folder, fold) / "model" for fold in folds]
     summary = pool_folds(folder.name, summaries)

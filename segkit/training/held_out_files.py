@@ -16,8 +16,8 @@ class HeldOutFiles:
     """Writes `CASE_seg` and, if asked, `CASE_prob`, named and made as `segkit predict` does.
 
     Args:
-        folder: of the run.
-        keep: `labels`, or `probabilities`, which are kept beside labels.
+        folder: the folder of the run.
+        keep: `labels`, or `probabilities` to write both.
     """
 
     def __init__(self, folder: Path, keep: str) -> None:

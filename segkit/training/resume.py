@@ -182,8 +182,8 @@ def _drop_pooled_scores(run: Path) -> None:
     if (folder / SUMMARY).is_file():
         (folder / SUMMARY).unlink()
         logger.warning(
-            "%s: its %s was removed, because %s goes on; segkit train --resume %s pools the folds "
-            "again",
+            "%s: its %s was removed, because %s continues; segkit train --resume %s pools the "
+            "folds again",
             folder,
             SUMMARY,
             run.name,

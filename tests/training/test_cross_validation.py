@@ -328,7 +328,7 @@ def test_a_fold_with_settings_of_its_own_is_told(
     folder = cross_validate(quick_config(data), [0], runs=tmp_path).folder
     assert "differ" not in caplog.text
     resume(folder / "fold_0", overrides=["train.steps=3"])
-    assert "small: its summary.json was removed, because fold_0 goes on" in caplog.text
+    assert "small: its summary.json was removed, because fold_0 continues" in caplog.text
     assert not (folder / "summary.json").exists()
     pooled = resume_folds(folder).summary  # trains nothing
     own = read(folder / "fold_0" / "summary.json")

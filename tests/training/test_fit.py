@@ -111,6 +111,7 @@ def test_the_summary_is_what_the_saved_model_scores(dataset: Path, tmp_path: Pat
     assert scores["mean_dice"] == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_training_learns_the_balls(dataset: Path, tmp_path: Path) -> None:
     config = small_config(
         dataset, train={"steps": 120, "validate_every": 120}, network={"channels": [8, 16, 16]}
@@ -135,6 +136,7 @@ def test_a_2d_network_trains_on_slices_and_predicts_the_volume(
     assert info.placement is not None and info.placement.stride == (4.0, 1.0, 4.0)
 
 
+@pytest.mark.slow
 def test_a_dataset_of_only_label_maps_is_trained_by_synthesis(
     dataset: Path, tmp_path: Path
 ) -> None:

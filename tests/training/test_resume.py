@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-SLOW = ("muon, cosine",)
+SLOW = ("muon, cosine", "sgd", "averaging")
 
 
 @pytest.mark.parametrize(

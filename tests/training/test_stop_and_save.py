@@ -78,6 +78,7 @@ def test_a_training_that_was_stopped_and_resumed_ends_like_one_that_was_not(
         assert rows(folder) == rows(whole.folder), (step, look)
 
 
+@pytest.mark.slow
 def test_a_training_can_be_stopped_repeatedly_by_either_signal(tmp_path: Path) -> None:
     config = small_config(
         small_dataset(tmp_path / "data"),

@@ -182,6 +182,7 @@ def scattered(levels: Any, label: Tensor) -> Tensor:
     return loss
 
 
+@pytest.mark.slow
 def test_an_operation_without_a_deterministic_form_is_told_in_a_sentence(
     data: Path, tmp_path: Path
 ) -> None:

@@ -85,7 +85,7 @@ def kernel_shap(
         parts: the parts.
         samples: the largest number of coalitions in a game, raised to twice the number of its parts
             if it is lower; if None, twice the number of parts and `MORE_COALITIONS`.
-        seed: of the coalitions that are sampled.
+        seed: seed of the coalitions that are sampled.
         track: reports the progress.
     """
     held = target.hold(image)

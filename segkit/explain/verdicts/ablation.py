@@ -157,7 +157,7 @@ def ablate(
         case: name of the scan in the rows.
         keys: the maps; all gates and spatial maps if None.
         operations: the operations on each map.
-        seed: of the random orders.
+        seed: seed of the random orders.
         unlabelled: classes or regions that nobody labelled in the reference; they do not count.
         track: reports the progress.
 

@@ -192,7 +192,7 @@ def deleted_comparators(names: Sequence[str]) -> list[str]:
     """The image comparators that are also used for deletion.
 
     Args:
-        names: of all image comparators.
+        names: names of all image comparators.
     """
     smoothed = [f"smoothed over {width:g} cells" for width in DELETED_WIDTHS]
     return [
@@ -212,7 +212,7 @@ class Sides:
     Args:
         inside: the cells in the structure.
         counted: the cells that count.
-        seed: of the random sample, if a side has more than `MOST_CELLS` cells.
+        seed: seed of the random sample, if a side has more than `MOST_CELLS` cells.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ def mean_map(others: Sequence[CellValues3d], shape: tuple[int, ...]) -> CellValu
 
     Args:
         others: maps from `boxed`.
-        shape: of the result.
+        shape: shape of the result.
     """
     total, count = np.zeros(shape), np.zeros(shape)
     for values in others:

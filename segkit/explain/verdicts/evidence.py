@@ -134,7 +134,7 @@ def gather_evidence(
         labels: the labels that the predictor returned.
         case: name of the scan.
         earlier: evidence of other scans. Their mean map is a comparator for deletion.
-        seed: of the untrained networks and the random order of equal values.
+        seed: seed of the untrained networks and the random order of equal values.
         untrained: makes an untrained network from a seed. If None, networks are built from the
             model's description.
         unlabelled: classes or regions that nobody labelled in the reference. They have no drops and
