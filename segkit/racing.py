@@ -205,6 +205,14 @@ def _raced(
     """The rounds of a race that takes about `seconds`; a round without time is left out.
 
     The time includes preparing and scoring. Prepared cases remain in the cache for the run.
+
+    Args:
+        configs: the config of each candidate, by name.
+        dataset: the dataset.
+        cases: the cases to train on, and those that score.
+        seconds: time of the whole race.
+        cache: the folder of prepared cases.
+        track: shows the progress over candidates.
     """
     started, each = time.monotonic(), seconds / shortest_trainings(len(configs))
     rounds: list[list[Entry]] = []
@@ -234,6 +242,13 @@ def _entry(
 
     Windows do not overlap here: in 3D they cost an eighth of those that do, which leaves more time
     for training.
+
+    Args:
+        config: the config of the candidate.
+        dataset: the dataset.
+        cases: the cases to train on, and those that score.
+        seconds: time to train and score.
+        cache: the folder of prepared cases.
     """
     ends = time.monotonic() + seconds
     short = shortened_for_race(config, (1 - SHARE_OF_SCORING) * seconds, cache)
@@ -290,7 +305,13 @@ def _or_least(dice: float) -> float:
 
 
 def table(rounds: Sequence[Sequence[Entry]], chosen: str, num_cases: int) -> str:
-    """The results of the race as lines of YAML comments; empty if there was no race."""
+    """The results of the race as lines of YAML comments; empty if there was no race.
+
+    Args:
+        rounds: the entries of each round.
+        chosen: name of the chosen candidate.
+        num_cases: number of cases that scored.
+    """
     if not rounds:
         return ""
     lines = [

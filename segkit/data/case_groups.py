@@ -51,7 +51,7 @@ def told_of_split(dataset: Dataset, data: DatasetConfig) -> list[str]:
 
 
 def groups_in_test(dataset: Dataset, data: SplitDatasetConfig) -> list[str]:
-    """A sentence on groups of which the test has only a part of the cases; None if none."""
+    """A sentence on groups of which the test has only a part of the cases, if there are any."""
     if data.group_by is None or not dataset.test:
         return []
     found, _ = _group_of_each(dataset, data, data.group_by)

@@ -135,7 +135,14 @@ def _images_of(data: DatasetConfig, channels: Sequence[str]) -> tuple[Sequence[s
 def _in_order(
     path: Path, names: Sequence[str], images: tuple[Path, ...], channels: Sequence[str]
 ) -> tuple[Path, ...]:
-    """A case's images in the order of the model's channels."""
+    """A case's images in the order of the model's channels.
+
+    Args:
+        path: the dataset, for messages.
+        names: names of the channels in the dataset.
+        images: the files of the case, one for each channel, or one with all channels.
+        channels: names of the model's channels.
+    """
     if len(images) != len(names) or (len(images) == 1 and is_picture(images[0])):
         return images  # a file holds them all
     if set(channels) <= set(names):

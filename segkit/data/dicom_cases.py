@@ -136,6 +136,11 @@ def structure_rules(
 ) -> StructureRules:
     """The rules that turn structures into labels, from the config.
 
+    Args:
+        dicom: settings of the structures.
+        labelling: the classes or regions and their numbers.
+        images: the series of each file of structures, by the path of the file.
+
     Raises:
         DatasetError: the config names an unknown class.
     """

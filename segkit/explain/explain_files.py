@@ -239,7 +239,18 @@ def _write_cohort(
     made: Mapping[str, Any],
     conclude: Conclude,
 ) -> None:
-    """Write the files that summarise several volumes; remove outdated ones."""
+    """Write the files that summarise several volumes; remove outdated ones.
+
+    Args:
+        folder: the folder to write to.
+        cases: measures and Dice of each scan.
+        worths: verdicts and evidence of each scan; empty if not wanted.
+        study: results of `identity`, if wanted.
+        facts: the model and the settings, in words.
+        left_out: the reason for each scan that failed.
+        made: provenance.
+        conclude: is called with the verdicts over all scans.
+    """
     if left_out:
         facts["scans left out"] = "; ".join(left_out)
     write_text(folder / COHORT, rows_as_csv(row for case in cases for row in case.rows()))

@@ -226,6 +226,11 @@ class ModelWalk:
         """Function from a batch of windows to logits and maps that have a position.
 
         With `spreads`, the variance between mirror images is the last channel of the logits.
+
+        Args:
+            maps: takes the maps over channels.
+            presence: a list to which the presence logits of each batch are added.
+            spreads: whether the variance between mirror images is computed.
         """
         keys = [
             *maps.infos,

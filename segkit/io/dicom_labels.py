@@ -192,7 +192,17 @@ def _refuse_unknown_contours(path: Path, header: Any) -> None:
 def _contoured(
     path: Path, header: Any, place: int, name: str, grid: Grid, labels: ndarray, number: int
 ) -> None:
-    """Fill the contours of one structure of a structure set."""
+    """Fill the contours of one structure of a structure set.
+
+    Args:
+        path: the file, for messages.
+        header: its header.
+        place: index of the structure in the file.
+        name: name of the structure.
+        grid: the grid of the labels, in RAS+.
+        labels: the labels, which are changed.
+        number: the number that is painted.
+    """
     roi = _listed(header, "StructureSetROISequence")[place].get("ROINumber")
     found = [
         contour

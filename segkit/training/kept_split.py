@@ -58,6 +58,11 @@ def read_split(path: Path) -> SplitNames | None:
 def check_not_moved(path: Path, now: SplitNames, begun: SplitNames) -> None:
     """Check that split.json moves no case from one part to the other.
 
+    Args:
+        path: the split.json.
+        now: the names that it holds.
+        begun: the names with which the run began.
+
     Raises:
         ConfigError: a case that was trained on is held out now, or the reverse.
     """

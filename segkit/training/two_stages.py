@@ -66,7 +66,16 @@ def train_first(
     track: Track = untracked,
     spent: float = 0.0,
 ) -> Run:
-    """Train a first stage, with the config of the second in its folder, for a later resume."""
+    """Train a first stage, with the config of the second in its folder, for a later resume.
+
+    Args:
+        low: the config of the first stage.
+        full: the config of the second stage.
+        runs: the folder in which the run's folder is made.
+        callbacks: Lightning callbacks that are called during training.
+        track: shows the progress over cases.
+        spent: seconds of `train.minutes` that are used already.
+    """
     return fit_with_files(
         {SECOND_STAGE: dump_yaml(with_absolute_paths(full))},
         prepare(low, runs=runs, track=track),
