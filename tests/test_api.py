@@ -218,6 +218,19 @@ def test_an_example_that_needs_a_dataset_prints_the_results_that_it_shows(
     check_session(name)
 
 
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_path_may_be_given_as_text(name: str) -> None:
+    thing = getattr(segkit, name)
+    methods = vars(thing).values() if inspect.isclass(thing) else [thing]
+    for function in methods:
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        if not inspect.isfunction(function) or function.__name__.startswith("_"):
+            continue
+        for parameter in inspect.signature(function).parameters.values():
+            kinds = str(parameter.annotation)
+            assert "Path" not in kinds or "str" in kinds, (function.__name__, parameter)
+
+
 def test_every_error_is_one_family() -> None:
     errors = [name for name in PUBLIC if name.endswith("Error")]
     assert all(issubclass(getattr(segkit, name), SegkitError) for name in errors)

@@ -35,6 +35,11 @@ class LabelCorruption:
         """Labels from 0 to `num_classes` with random errors.
 
         A class that grows overwrites others; voxels that it loses become background.
+
+        Args:
+            labels: label maps; 0 is the background.
+            num_classes: number of classes besides the background.
+            generator: the generator of all random numbers.
         """
         samples = len(labels)
         reshaped = torch.rand(samples, num_classes, generator=generator)

@@ -17,7 +17,8 @@ from segkit.io.inputs import Input, find_inputs, without_results
 from segkit.io.picture_rules import PictureRules
 from segkit.io.series_rules import SeriesRule
 from segkit.io.tables import read_csv
-from segkit.io.volume import AS_IT_SAYS, is_picture, volumes_among
+from segkit.io.volume import AS_IT_SAYS
+from segkit.io.volume_names import is_picture, volumes_among
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,14 @@ def _images_of(data: DatasetConfig, channels: Sequence[str]) -> tuple[Sequence[s
 def _in_order(
     path: Path, names: Sequence[str], images: tuple[Path, ...], channels: Sequence[str]
 ) -> tuple[Path, ...]:
-    """A case's images in the order of the model's channels."""
+    """A case's images in the order of the model's channels.
+
+    Args:
+        path: the dataset, for messages.
+        names: names of the channels in the dataset.
+        images: the files of the case, one for each channel, or one with all channels.
+        channels: names of the model's channels.
+    """
     if len(images) != len(names) or (len(images) == 1 and is_picture(images[0])):
         return images  # a file holds them all
     if set(channels) <= set(names):

@@ -29,7 +29,7 @@ PHANTOM_BENDING = 1.2
 """Standard deviation, in voxels, of the displacement at points 16 voxels apart."""
 
 
-def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
+def write_hippocampi(folder: str | Path, num_cases: int, *, seed: int = 0) -> None:
     """Write a dataset with scans, labels and dataset.json.
 
     The labels are those of the Decathlon's Task04: 'anterior' (here 40 % of the tube's length) and
@@ -44,9 +44,10 @@ def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
         OSError: if the folder cannot be written.
 
     Example:
-        segkit.write_hippocampi(Path("hippocampi"), 12)
+        segkit.write_hippocampi("hippocampi", 12)
         print(segkit.check("hippocampi"))
     """
+    folder = Path(folder)
     generator = Generator().manual_seed(seed)
     origin = -SPACING * (np.array(SHAPE) - 1) / 2
     affine = np.diag([SPACING, SPACING, SPACING, 1.0])

@@ -377,7 +377,14 @@ def _interval(
     num_resamples: int,
     seed: int,
 ) -> tuple[float, float]:
-    """The middle 95 % of the means of bootstrap resamples, drawn within each group."""
+    """The middle 95 % of the means of bootstrap resamples, drawn within each group.
+
+    Args:
+        change: the difference of each case.
+        groups: the stratum of each case, as a number.
+        num_resamples: number of resamples.
+        seed: seed of the resamples.
+    """
     if not len(change):
         return float("nan"), float("nan")
     random = np.random.default_rng(seed)

@@ -98,6 +98,11 @@ def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> RunGra
 
     The JSON of `deployment` is in `rt_info` under 'segkit'.
 
+    Args:
+        model: a trained model.
+        file: .xml.
+        overlap: share of a window that neighbours have in common, written to the export.
+
     Raises:
         ModelError: OpenVINO cannot hold the network, or is not installed.
     """
@@ -188,6 +193,11 @@ def export_pt2(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
     """Write a model as a program of `torch.export`, and return a function that runs it.
 
     The JSON of `deployment` is the extra file 'segkit'.
+
+    Args:
+        model: a trained model.
+        file: .pt2.
+        overlap: share of a window that neighbours have in common, written to the export.
 
     Raises:
         ModelError: `torch.export` cannot hold the network.

@@ -141,7 +141,14 @@ class WholeVolume:
         axes: Sequence["Axis"],
         network: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Logits on the network's grid: the mean over windows, weighted by a Gaussian."""
+        """Logits on the network's grid: the mean over windows, weighted by a Gaussian.
+
+        Args:
+            prepared: the image at the network's spacing, normalised.
+            image: the image before; it decides which windows are empty.
+            axes: the three axes.
+            network: maps windows to logits.
+        """
         size = prepared.shape[1:]
         starts = [
             starts_of_windows(*numbers)
@@ -271,7 +278,14 @@ def linear(values: Tensor, positions: np.ndarray, axis: int) -> Tensor:
 
 
 def starts_of_windows(size: int, patch: int, overlap: float, multiple: int) -> list[int]:
-    """First voxels of the windows of an axis, evenly spaced multiples of `multiple`."""
+    """First voxels of the windows of an axis, evenly spaced multiples of `multiple`.
+
+    Args:
+        size: number of voxels of the axis.
+        patch: size of a window, in voxels.
+        overlap: share of a window that neighbours have in common at least.
+        multiple: number of which all starts are multiples.
+    """
     last = max(math.ceil(size / multiple) * multiple - patch, 0)
     step = max(math.floor(patch * (1 - overlap) / multiple), 1) * multiple
     count = math.ceil(last / step)

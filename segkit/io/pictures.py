@@ -95,7 +95,7 @@ def label_rgb(number: int) -> tuple[int, int, int]:
 
 
 def write_montage(
-    path: Path,
+    path: str | Path,
     scan: ndarray,
     grid: Grid,
     panels: Sequence[Panel],
@@ -127,7 +127,7 @@ def write_montage(
 
     Example:
         >>> panels = [("scan", None, "labels"), ("mine", labels.data, "labels")]
-        >>> write_montage(Path("x.png"), scan.data, scan.grid, panels, label_names={1: "liver"})
+        >>> write_montage("x.png", scan.data, scan.grid, panels, label_names={1: "liver"})
     """
     sheet = _Sheet()
     orientation = Orientation.of(grid.affine)
@@ -167,7 +167,7 @@ def write_montage(
     for number, name in label_names.items():
         if number:
             left = sheet.write(left, top, f"{name}   ", label_rgb(number))
-    save_picture(path, sheet.drawn())
+    save_picture(Path(path), sheet.drawn())
 
 
 def planes_of(

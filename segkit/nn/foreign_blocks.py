@@ -123,6 +123,11 @@ def _around(name: str, modules: Mapping[str, nn.Module], calls: Mapping[str, Cal
 
     It is the outermost module that keeps the shape and contains neither other attention nor a
     convolution over more than one voxel.
+
+    Args:
+        name: name of the module of attention.
+        modules: all modules of the network, by name.
+        calls: the call of each module that ran.
     """
     block = name
     while (parent := block.rpartition(".")[0]) and not isinstance(

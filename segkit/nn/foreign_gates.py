@@ -361,7 +361,14 @@ def _called(
 def _made(
     network: nn.Module, join: FoundJoin, level: int, placements: Mapping[str, Placement]
 ) -> OpenGate:
-    """The gate of a join, with its tap placed."""
+    """The gate of a join, with its tap placed.
+
+    Args:
+        network: the network.
+        join: the join.
+        level: level of the skip; 0 is the finest.
+        placements: positions that the user gives, by the name of the module.
+    """
     if hasattr(network.get_submodule(join.module), GATE):
         raise ModelError(
             f"{join.module}: has a segkit gate already; add gates to a network only once"

@@ -219,7 +219,16 @@ def _made(
     image: Tensor,
     placements: Mapping[str, Placement],
 ) -> tuple[ForeignTap, Callable[..., Any]]:
-    """The tap of a module, with its position, and the hook that sends maps to it."""
+    """The tap of a module, with its position, and the hook that sends maps to it.
+
+    Args:
+        name: name of the module.
+        module: the module.
+        seen: its run.
+        around: positions of the inputs of each module, by name.
+        image: the input of the network.
+        placements: positions that the user gives, by the name of the module.
+    """
     shape, space = seen.shape, image.ndim - 2
     attention = isinstance(module, nn.MultiheadAttention) or (
         isinstance(module, nn.Softmax)

@@ -175,7 +175,14 @@ def features_argument(module: nn.Module) -> tuple[int, str]:
 
 
 def place_taps(module: nn.Module, position: str, level: int, features: Placement) -> None:
-    """Set key and placement of every tap in a module that attends to `features`."""
+    """Set key and placement of every tap in a module that attends to `features`.
+
+    Args:
+        module: the module of attention.
+        position: its position in the network, such as "skip.2".
+        level: level of the features; 0 is the finest.
+        features: placement of the features that it attends to.
+    """
     if isinstance(module, Stage):
         for number, block in enumerate(module):
             place_taps(block, f"{position}.{number}", level, features)

@@ -103,6 +103,12 @@ def received(
     """Attention that each key receives from all queries; 1 is an equal share.
 
     With `inside`, queries and keys are the same cells, and only cells that are inside count.
+
+    Args:
+        rows: computes the weights of some queries.
+        key: keys, for their number.
+        num_queries: number of queries.
+        inside: True for each cell on the grid.
     """
     # The sum does not start from zeros: ONNX's exporter would take the batch size from their shape.
     total: Tensor | None = None
@@ -217,6 +223,11 @@ def windows_over(
     """Windows of a size over a grid; if `window` is None, one window that holds the whole grid.
 
     They are shifted by `shift` cells, but not along an axis that one window covers.
+
+    Args:
+        space: size of the grid.
+        window: size of the windows.
+        shift: cells by which windows are shifted along each axis; 0 if None.
     """
     space = [int(size) for size in space]  # while torch traces, sizes are tensors
     sizes = tuple(window or space)

@@ -125,6 +125,11 @@ def shifted_pair(
 
     Two consecutive layers of Liu et al. (2021, arXiv:2103.14030, Eq. 3) without their MLPs. Cells
     in different windows of the first layer can share a window of the second.
+
+    Args:
+        channels: number of channels of the features.
+        heads, head_channels, positions: as for `SelfAttention`.
+        window: size of the windows, in cells.
     """
     shifts = ([0] * len(window), [size // 2 for size in window])
     return Stage(

@@ -151,7 +151,13 @@ def coarse_plan_for_time(
 def _fits(
     total: float, steps: Steps, gigabytes: float
 ) -> tuple[Callable[[Setting], Fit], Callable[[Setting], Fit]]:
-    """The fit for a total of multiply-adds, and the fit for the memory."""
+    """The fit for a total of multiply-adds, and the fit for the memory.
+
+    Args:
+        total: number of multiply-adds in the whole training.
+        steps: the numbers of steps that must fit.
+        gigabytes: memory of the device, in 10⁹ bytes.
+    """
     return (
         lambda setting: _fit_time(setting, gigabytes, total, steps),
         lambda setting: _fit_memory(setting, gigabytes),
@@ -225,7 +231,14 @@ def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
 
 
 def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> Fit:
-    """The fit for a total number of multiply-adds."""
+    """The fit for a total number of multiply-adds.
+
+    Args:
+        setting: the data.
+        gigabytes: memory of the device, in 10⁹ bytes.
+        total: number of multiply-adds in the whole training.
+        steps: the numbers of steps that must fit.
+    """
     start = _fit_memory(setting, gigabytes)
 
     def cost(candidate: Topology, channels: Sequence[int]) -> int:
@@ -350,6 +363,13 @@ def _low_resolution(
 
     The patches of `fitted` and, at coarser spacings, of `holds` decide about this spacing; `fit`
     makes the plan there.
+
+    Args:
+        numbers: measurements of the dataset.
+        full: the data at full resolution.
+        fitted: the fit at full resolution.
+        holds: the fit whose patch decides about a coarser spacing.
+        fit: makes the plan at that spacing.
 
     Returns:
         The plan, or None if none is needed, and the reason.

@@ -87,6 +87,12 @@ def _time_left(started: float, first: float, now: float, number: int, count: int
     The time until the first item includes the start of processes, and several processes finish
     their first items together. So the speed is measured after the first item, and for at least as
     long as the first item took.
+
+    Args:
+        started, first, now: times of the start, of the end of the first item, and of now, in
+            seconds.
+        number: number of items that are done.
+        count: number of all items.
     """
     if now - first < first - started or number < 2:
         return ""

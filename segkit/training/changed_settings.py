@@ -157,6 +157,11 @@ def is_one_of(key: str, names: Any) -> bool:
 def check_changes(source: str, found: Iterable[Change], steps_done: int) -> None:
     """Check that a run allows these changes.
 
+    Args:
+        source: the run's folder, for messages.
+        found: the key of each change, with the values before and after.
+        steps_done: number of steps that the run has done.
+
     Raises:
         ConfigError: a setting that must not change was changed, or no step is left.
     """

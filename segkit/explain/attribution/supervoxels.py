@@ -66,7 +66,14 @@ class Supervoxels:
         chosen: Integer[ndarray, " chosen"],
         box: tuple[slice, ...] = (),
     ) -> Float[Tensor, "channel box_x box_y box_z"]:
-        """A copy of the image, or of the voxels in a box, with the chosen parts replaced."""
+        """A copy of the image, or of the voxels in a box, with the chosen parts replaced.
+
+        Args:
+            image: the image.
+            replacement: the image from which replaced voxels come.
+            chosen: numbers of the parts that are replaced.
+            box: the voxels to return; all if empty.
+        """
         table = torch.zeros(len(self) + 1, dtype=torch.bool)  # the last one is for -1
         table[torch.from_numpy(chosen.astype(np.int64))] = True
         place = (slice(None), *box)

@@ -108,7 +108,15 @@ def image_comparators(
 def _other_functions(
     name: str, image: CellValues3d, covered: CellValues3d, cells: Cells, smoothed: _Smooth
 ) -> dict[str, CellValues3d]:
-    """Further functions of one channel's intensity, on a map's cells; see `OTHER`."""
+    """Further functions of one channel's intensity, on a map's cells; see `OTHER`.
+
+    Args:
+        name: name of the intensity of the channel, such as `intensity`.
+        image: the intensity on the voxels that the network processed.
+        covered: the mean intensity of each cell.
+        cells: the map's cells.
+        smoothed: smooths values on the map's grid.
+    """
     size = [min(3, count) for count in image.shape]
     centred = image - np.float32(image.mean())
     mean, square = (cells.mean(one).astype(np.float64) for one in (centred, centred**2))
