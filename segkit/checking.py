@@ -21,21 +21,17 @@ from segkit.data.dicom_cases import told_tree
 from segkit.errors import DatasetError, Problems, VolumeError, counted, first_few
 from segkit.evaluation.evaluate import with_pixel_size
 from segkit.geometry.grid import Orientation
-from segkit.io.dicom import (
-    Series,
-    choose_series,
-    find_folders,
-    holds_series,
-    list_series,
-    read_series,
-)
+from segkit.io.dicom import read_series
 from segkit.io.dicom_labels import told_names
+from segkit.io.dicom_listing import Series, choose_series, find_folders, holds_series, list_series
 from segkit.io.dicom_tree import read_tree
 from segkit.io.inputs import refuse_volumes_beside_series
+from segkit.io.nan_values import value_problem
 from segkit.io.nifti import placement
 from segkit.io.picture_rules import MM_OF, WORD_OF, PictureFacts, size_in_words
 from segkit.io.series_rules import SeriesRule
-from segkit.io.volume import AS_IT_SAYS, Volume, read_volume, rounded_in_words, value_problem
+from segkit.io.volume import AS_IT_SAYS, Volume, read_volume
+from segkit.io.whole_numbers import rounded_in_words
 from segkit.model.build import build_network
 from segkit.nn.cost import count_parameters
 from segkit.system.progress import Track, untracked

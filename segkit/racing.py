@@ -25,7 +25,9 @@ from segkit.config.pictures import PicturesConfig
 from segkit.config.training import Config
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of
 from segkit.errors import counted
-from segkit.planning.make_plan import Planned, Preset, plan_candidates, source_of
+from segkit.planning.candidates import plan_candidates
+from segkit.planning.make_plan import Planned
+from segkit.planning.planning_task import Preset, source_of
 from segkit.system.only_errors import only_errors
 from segkit.system.progress import Track, untracked
 from segkit.training.final_scores import score

@@ -22,8 +22,8 @@ from segkit.explain.explain_scan import explain_volume
 from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor
 from segkit.io.inputs import find_inputs
-from segkit.io.nan_values import nan_as_zero
-from segkit.io.volume import Volume, read_volume, value_problem, write_volume
+from segkit.io.nan_values import nan_as_zero, value_problem
+from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.folder import Model, load_model, save_model
 from segkit.planning.make_plan import plan_dataset
 from segkit.system.progress import untracked

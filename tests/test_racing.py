@@ -8,8 +8,8 @@ import pytest
 from segkit import racing
 from segkit.config.load import load_config
 from segkit.data.dataset import read_dataset
-from segkit.planning import make_plan as planning
-from segkit.planning.make_plan import plan_candidates
+from segkit.planning import planned_seconds, planning_task
+from segkit.planning.candidates import plan_candidates
 from segkit.racing import (
     Entry,
     affordable_candidates,
@@ -80,9 +80,9 @@ def test_the_table_says_who_was_stopped_and_who_is_planned() -> None:
 
 @pytest.fixture
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e10)
-    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.05)
-    monkeypatch.setattr(planning, "seconds_of_window", lambda *_: 0.01)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e10)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.05)
+    monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.01)
     return small_dataset(tmp_path / "data", num_cases=6)
 
 

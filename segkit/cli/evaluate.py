@@ -66,7 +66,7 @@ def evaluate_command(
     from segkit.evaluation.evaluate import evaluate
     from segkit.evaluation.scores import to_table
     from segkit.io.atomic import refuse_existing, write_json, write_text
-    from segkit.io.volume import rounded_in_words
+    from segkit.io.whole_numbers import rounded_in_words
     from segkit.system.progress import Tracker
 
     if diagram is not None and not probabilities:

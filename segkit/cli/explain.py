@@ -83,12 +83,8 @@ def explain_command(
 
     from segkit.data.case_inputs import inputs_in
     from segkit.explain.attribution.attribute import AttributionSettings, chosen_methods
-    from segkit.explain.explain_files import (
-        check_targets,
-        explain_files,
-        explain_heads,
-        remove_heads,
-    )
+    from segkit.explain.explain_files import check_targets, explain_files
+    from segkit.explain.explain_heads import explain_heads, remove_heads
     from segkit.explain.verdicts.ablation import check_gates
     from segkit.explain.verdicts.identity import check_blocks
     from segkit.inference.predictor import Predictor

@@ -22,7 +22,7 @@ from segkit.cli.terminal import JsonOption, complain, console, raise_failures, s
 from segkit.errors import counted
 
 if TYPE_CHECKING:
-    from segkit.inference.predict_files import Outcome
+    from segkit.inference.result_files import Outcome
 
 
 def predict_command(

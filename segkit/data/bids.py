@@ -15,9 +15,9 @@ from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
 from segkit.data.proposed_files import told_labels, told_proposal
 from segkit.errors import DatasetError, Problems, first_few
-from segkit.io.dicom import find_folders
+from segkit.io.dicom_listing import find_folders
 from segkit.io.tables import read_csv
-from segkit.io.volume import NIFTI_SUFFIXES, stem_of
+from segkit.io.volume_names import NIFTI_SUFFIXES, stem_of
 
 DESCRIPTION_FILE = "dataset_description.json"
 ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)")

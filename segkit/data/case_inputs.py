@@ -17,7 +17,8 @@ from segkit.io.inputs import Input, find_inputs, without_results
 from segkit.io.picture_rules import PictureRules
 from segkit.io.series_rules import SeriesRule
 from segkit.io.tables import read_csv
-from segkit.io.volume import AS_IT_SAYS, is_picture, volumes_among
+from segkit.io.volume import AS_IT_SAYS
+from segkit.io.volume_names import is_picture, volumes_among
 
 logger = logging.getLogger(__name__)
 

@@ -24,25 +24,22 @@ from segkit.data.partly_labelled_cases import unlabelled_of
 from segkit.errors import DatasetError, Problems, VolumeError, first_few
 from segkit.geometry.grid import Grid, Orientation
 from segkit.io.file_names import safe_name, tell_changed_names
-from segkit.io.nan_values import nan_as_zero
+from segkit.io.gridded import turn_onto
+from segkit.io.nan_values import nan_as_zero, value_problem
 from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
     AS_IT_SAYS,
     BYTES_OF_IMAGE,
     BYTES_OF_LABEL,
     Volume,
-    has_volume_suffix,
-    in_full,
-    is_picture,
     read_grid,
     read_label_values,
     read_num_channels,
     read_picture_facts,
     read_volume,
-    turn_onto,
-    value_problem,
-    whole_numbers,
 )
+from segkit.io.volume_names import has_volume_suffix, is_picture
+from segkit.io.whole_numbers import in_full, whole_numbers
 from segkit.system.progress import Track, untracked
 
 logger = logging.getLogger(__name__)

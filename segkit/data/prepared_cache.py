@@ -33,7 +33,8 @@ from segkit.errors import DatasetError, Problems, SegkitError, VolumeError
 from segkit.geometry.grid import ANISOTROPY, Orientation
 from segkit.io.atomic import PARTIAL, naming, remove_leftovers
 from segkit.io.checksums import file_states
-from segkit.io.volume import is_picture, read_volume
+from segkit.io.volume import read_volume
+from segkit.io.volume_names import is_picture
 from segkit.system.memory import free_memory
 from segkit.system.resources import num_cores
 from segkit.system.workers import attempted, in_processes

@@ -16,7 +16,8 @@ import numpy as np
 import yaml
 
 from segkit.errors import VolumeError, printable
-from segkit.io.volume import has_volume_suffix, read_label_values, stem_of
+from segkit.io.volume import read_label_values
+from segkit.io.volume_names import has_volume_suffix, stem_of
 
 LISTED_FILES = 20_000
 """So many files are looked at; larger folders are described by their first files."""

@@ -21,14 +21,9 @@ from segkit.evaluation.pairing import Pairing, pair_with, references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
 from segkit.io.picture_rules import PictureRules, length_mm
-from segkit.io.volume import (
-    AS_IT_SAYS,
-    Volume,
-    is_picture,
-    noting_rounded_labels,
-    read_labels,
-    read_picture_facts,
-)
+from segkit.io.volume import AS_IT_SAYS, Volume, read_labels, read_picture_facts
+from segkit.io.volume_names import is_picture
+from segkit.io.whole_numbers import noting_rounded_labels
 from segkit.provenance import PROVENANCE, versions
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import limit_threads

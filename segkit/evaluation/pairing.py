@@ -33,14 +33,8 @@ from segkit.errors import DatasetError, VolumeError, first_few
 from segkit.io.file_names import safe_name
 from segkit.io.picture_rules import PictureRules
 from segkit.io.tables import read_csv
-from segkit.io.volume import (
-    AS_IT_SAYS,
-    SUFFIXES,
-    case_name_of,
-    is_picture,
-    stem_of,
-    volumes_among,
-)
+from segkit.io.volume import AS_IT_SAYS
+from segkit.io.volume_names import SUFFIXES, case_name_of, is_picture, stem_of, volumes_among
 
 LABEL_WORDS = (
     *("seg", "dseg", "segmentation", "pred", "prediction", "label", "labels", "labelmap", "mask"),

@@ -19,7 +19,7 @@ from segkit.errors import VolumeError
 from segkit.io.atomic import write_json, write_text
 from segkit.io.inputs import Input
 from segkit.io.safe_text import read_json_object
-from segkit.io.volume import has_volume_suffix, is_picture
+from segkit.io.volume_names import has_volume_suffix, is_picture
 
 VERSION_OF_BIDS = "1.10.0"
 DESCRIBED = "desc-segkit"

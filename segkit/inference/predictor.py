@@ -44,8 +44,8 @@ from segkit.inference.output_arrays import Results
 from segkit.inference.source_rows import SourceRows, labels_of, pieces
 from segkit.inference.windows import stream
 from segkit.io.disk_arrays import Allocate, in_memory
-from segkit.io.nan_values import nan_as_zero
-from segkit.io.volume import Volume, value_problem
+from segkit.io.nan_values import nan_as_zero, value_problem
+from segkit.io.volume import Volume
 from segkit.model.folder import Model, load_model, model_folders
 from segkit.nn.network import SegmentationNetwork
 

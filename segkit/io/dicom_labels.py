@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 
 from segkit.errors import VolumeError, counted, first_few
 from segkit.geometry.grid import LPS_TO_RAS, Grid
-from segkit.io.dicom import CONTOURS, SEGMENTATIONS, storage_class
 from segkit.io.dicom_frames import damaged, read_header
+from segkit.io.dicom_headers import CONTOURS, SEGMENTATIONS, storage_class
 from segkit.io.dicom_segments import named_segments, paint_segments
 from segkit.io.kept import kept_while_unchanged
 from segkit.io.structure_rules import StructureRules

@@ -3,32 +3,20 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from segkit.config.data import DataConfig
 from segkit.config.dataset_files import DatasetConfig
 from segkit.planning.plan import Plan
+from segkit.planning.schedule import Schedule
 
 Sections = Mapping[str, Mapping[str, tuple[Any, str]]]
 """For each section and key, the value and its reason. Values of None are not written."""
 
 AVERAGING = 0.999
 WIDTH = 98
-
-
-class Schedule(NamedTuple):
-    """The length of a training and its validations."""
-
-    steps: int
-    why_steps: str
-    """The reason for the number of steps."""
-    validate_every: int
-    validation_cases: int | None = None
-    """Number of cases in each validation; None means all held-out cases."""
-    minutes: float | None = None
-    """Wall time of the run; None if the number of steps is fixed."""
 
 
 def sections_of(

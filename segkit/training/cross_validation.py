@@ -38,16 +38,13 @@ from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advice_on_stop
 from segkit.training.changed_settings import changes, in_a_sentence
-from segkit.training.fit import resume, train
-from segkit.training.fold_settings import (
-    check_new_settings,
-    is_done,
-    tell_differences,
-)
+from segkit.training.fit import train
+from segkit.training.fold_settings import check_new_settings, is_done, tell_differences
 from segkit.training.folds import folds_of
 from segkit.training.kept_split import case_names, read_split
 from segkit.training.parts import refuse_replaced
 from segkit.training.resolve import with_absolute_paths
+from segkit.training.resume import resume
 from segkit.training.run_folder import lock_if_free, locked_folder, new_run_folder
 from segkit.training.split import nth_of
 

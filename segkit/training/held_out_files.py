@@ -5,13 +5,8 @@ from pathlib import Path
 from segkit.data.dataset import CaseFiles
 from segkit.inference.predictor import Prediction
 from segkit.io.disk_arrays import Allocate, OnDisk, in_memory
-from segkit.io.volume import (
-    WRITTEN_PICTURES,
-    WRITTEN_SUFFIXES,
-    numbers_suffix,
-    result_suffix,
-    write_volume,
-)
+from segkit.io.volume import write_volume
+from segkit.io.volume_names import WRITTEN_PICTURES, WRITTEN_SUFFIXES, numbers_suffix, result_suffix
 
 HELD_OUT = "held_out"
 """The folder of a run with predictions of its held-out cases."""

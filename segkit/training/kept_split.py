@@ -24,6 +24,11 @@ SplitNames = Mapping[str, Sequence[str]]
 """Names of cases, under the keys `train` and `held_out`."""
 
 
+def names_of(parts: TrainingParts) -> dict[str, list[str]]:
+    """The names of the cases in each part of a training's split."""
+    return {part: [case.name for case in cases] for part, cases in parts.split._asdict().items()}
+
+
 def read_split(path: Path) -> SplitNames | None:
     """The names in a split.json; None if the file does not exist.
 

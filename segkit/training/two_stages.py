@@ -16,9 +16,10 @@ from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.model.file_names import CONFIG, SUMMARY
 from segkit.system.progress import Track, untracked
-from segkit.training.fit import Run, fit_with_files, resume, train
+from segkit.training.fit import Run, fit_with_files, train
 from segkit.training.parts import prepare
 from segkit.training.resolve import with_absolute_paths
+from segkit.training.resume import resume
 from segkit.training.run_folder import SECOND_STAGE
 
 

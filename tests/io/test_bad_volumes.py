@@ -26,14 +26,14 @@ from segkit.geometry.grid import Grid
 from segkit.io import voxel_bytes
 from segkit.io.volume import (
     BYTES_OF_LABEL,
-    WRITTEN_SUFFIXES,
     Volume,
     read_grid,
     read_labels,
     read_volume,
-    whole_numbers,
     write_volume,
 )
+from segkit.io.volume_names import WRITTEN_SUFFIXES
+from segkit.io.whole_numbers import whole_numbers
 from segkit.system.memory import in_words
 from tests.helpers import affine_of
 

@@ -25,7 +25,8 @@ from segkit.io.volume import read_volume, write_volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model, load_model
 from segkit.nn import pooling
-from segkit.training.fit import score, train
+from segkit.training.final_scores import score
+from segkit.training.fit import train
 from tests.small import small_config, small_dataset
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

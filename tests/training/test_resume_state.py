@@ -24,8 +24,9 @@ from segkit.errors import ConfigError, DatasetError
 from segkit.io.volume import read_volume, write_volume
 from segkit.training.changed_files import states_of, warn_of_changed_files
 from segkit.training.changed_settings import APPLIED, REFUSED, is_one_of
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
 from segkit.training.parts import prepare
+from segkit.training.resume import resume
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
 

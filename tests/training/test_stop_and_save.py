@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from segkit.errors import ConfigError, Stopped
 from segkit.training.cross_validation import cross_validate
 from segkit.training.cross_validation import resume_folds as resume_folds
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
+from segkit.training.resume import resume
 from segkit.training.run_folder import locked_folder
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import VARIANTS, rows, weights
