@@ -179,8 +179,8 @@ def _reason(verdict: GateVerdict, of: Hypothesis) -> str:
         span = f" (95 % interval {low:+.3f} to {high:+.3f})" if math.isfinite(low) else ""
         mattering = num_mattering(of.contexts[0])
         clauses.append(
-            f"Dice {_fall(fall)}{span} if the map is replaced by its mean, by more than "
-            f"{DICE_MARGIN:g} in {mattering} of {len(of.contexts[0])}"
+            f"Dice {_fall(fall)}{span} if the map is replaced by its mean, and by more "
+            f"than {DICE_MARGIN:g} in {mattering} of {counted(len(of.contexts[0]), 'scan')}"
         )
     beside = _number(figures["Dice lost with the others gone"])
     if math.isfinite(beside):
@@ -188,14 +188,14 @@ def _reason(verdict: GateVerdict, of: Hypothesis) -> str:
     if of.places:
         gain = _number(figures["AUROC: more than the best comparator"])
         clauses.append(
-            f"AUROC {_number(figures['AUROC']):.2f}, {gain:+.3f} compared with "
+            f"AUROC {_number(figures['AUROC']):.2f}, {_gain(gain)} than "
             f"{figures['AUROC: best comparator']}"
         )
     if of.deletions:
         gain = _number(figures["deletion: more than the best comparator"])
-        clauses.append(f"deletion {gain:+.3f} compared with {figures['deletion: best comparator']}")
+        clauses.append(f"in deletion {_gain(gain)} than {figures['deletion: best comparator']}")
     if math.isfinite(rho := _number(figures["|ρ| with untrained networks"])):
-        clauses.append(f"|ρ| {rho:.2f} with untrained networks")
+        clauses.append(f"|ρ| with untrained networks {rho:.2f}")
     if not of.has_mean_map:
         clauses.append("not compared with the mean map of other scans, because there is none")
     return f"Over {scans}, {_said(verdict)}: {'; '.join(clauses) or 'nothing was measured'}."
@@ -204,6 +204,11 @@ def _reason(verdict: GateVerdict, of: Hypothesis) -> str:
 def _fall(lost: float) -> str:
     """What happens to Dice, such as "falls by 0.020"."""
     return f"{'rises' if _rises(lost) else 'falls'} by {abs(lost):.3f}"
+
+
+def _gain(gained: float) -> str:
+    """A gain over a comparator, such as "0.020 better"."""
+    return f"{abs(gained):.3f} {'worse' if gained < 0 else 'better'}"
 
 
 def _rises(lost: float) -> bool:
@@ -218,7 +223,9 @@ def _said(verdict: GateVerdict) -> str:
         case "redundant":
             return f"the gate {verdict.claim}, but the network does not need it"
         case "uninformative":
-            return f"the gate shows {verdict.structure} no better than what it is compared with"
+            return (
+                f"the gate shows {verdict.structure} no better than a map that it is compared with"
+            )
         case None:
             return "there is no verdict without a reference"
     further = verdict.figures["further scans"]
