@@ -121,7 +121,7 @@ def train_command(
         if dry_run:
             return _dry_run(settings, low, wanted)
         result = _trained(config, settings, low, wanted, runs, started)
-    if not result.summary:  # only the first process of a run, and the last of folds, has a summary
+    if not result.summary:  # another process writes it
         if json and wanted:
             say_json({"folder": str(result.folder), "finished": False})
         return

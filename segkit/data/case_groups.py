@@ -141,7 +141,7 @@ def grouping_advice(dataset: Dataset, data: SplitDatasetConfig | None) -> str | 
     if data is not None and (data.group_by is not None or data.splits is not None):
         return None
     if data is not None and any("data.group_by=" in told for told in unused_columns(data)):
-        return None  # the column of patients is proposed, which is surer than names
+        return None  # a column of patients is proposed already; it is more certain than names
     setting = likely_grouping(dataset)
     if setting is None:
         return None

@@ -108,7 +108,7 @@ def _of_dataset(path: Path, channels: Sequence[str], rules: PictureRules) -> lis
         Input(name, _in_order(path, names, images, channels), of_folder=True, rules=rules)
         for name, images in sorted(cases)
     ]
-    # A pattern such as `images/*.nii.gz` also matches results. A table names what it means.
+    # A pattern such as `images/*.nii.gz` also matches results. A table names its files exactly.
     by_pattern = data.files is not None and data.files.table is None
     return without_results(found) if by_pattern else found
 

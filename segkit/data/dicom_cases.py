@@ -139,7 +139,7 @@ def structure_rules(
     Args:
         dicom: settings of the structures.
         labelling: the classes or regions and their numbers.
-        images: the series of each file of structures, by the path of the file.
+        images: the first image of each case, by the path of its file of structures.
 
     Raises:
         DatasetError: the config names an unknown class.

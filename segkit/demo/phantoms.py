@@ -22,7 +22,7 @@ PHANTOM_LABELS = {"background": 0, "anterior": 1, "posterior": 2}
 SHAPE = (24, 32, 24)
 SPACING = 1.5
 """Voxel size in mm; the image is 36 × 48 × 36 mm."""
-# Tissues: white matter 0, fluid 1, cortex 2, and the two parts of the structure, like cortex.
+# Tissues. The two parts of the structure have the intensity of cortex.
 WHITE, FLUID, CORTEX, ANTERIOR, POSTERIOR = range(5)
 INTENSITIES = [(0.75, 0.85), (0.15, 0.25), (0.5, 0.55), (0.5, 0.55), (0.5, 0.55)]
 PHANTOM_BENDING = 1.2

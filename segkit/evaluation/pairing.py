@@ -371,7 +371,7 @@ def _check_clear(mine: _Side, theirs: _Side, partner: Mapping[int, int], loose: 
         mine: the predictions.
         theirs: the references.
         partner: the pairs: the index of the prediction, by that of the reference.
-        loose: references that were not paired by their whole path.
+        loose: references that were paired by name only, without their folder.
     """
     used = set(partner.values())
     places: dict[Parts, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))

@@ -126,7 +126,7 @@ class HeldOutVoxels:
             places = np.sort(random.choice(places, most, replace=False))
         if not len(places):
             return
-        # By axes, as probabilities may lie in a file and in another order.
+        # By index along each axis, because the order in memory may differ, for example in a file.
         axes = np.unravel_index(places, reference.shape)
         found = probabilities[axes].astype(np.float32)
         self.probabilities.append(found)

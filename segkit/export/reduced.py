@@ -145,7 +145,7 @@ def halved(graph: Any) -> Any:
     blocked = [*float16.DEFAULT_OP_BLOCK_LIST, "InstanceNormalization", "Resize"]
     with only_errors():
         half = float16.convert_float_to_float16(graph, keep_io_types=True, op_block_list=blocked)
-        # The casts of inputs stand last, behind what takes them.
+        # The converter puts the casts of inputs last, after the nodes that use them.
         sorted_nodes = ONNXModel(half)
         sorted_nodes.topological_sort()
         return sorted_nodes.model

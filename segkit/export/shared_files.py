@@ -86,7 +86,7 @@ def write_shared(
     for model, target in zip(folders, targets, strict=True):
         _copy_model(model, target, name)
         if load_description(target).network.given is None:
-            load_model(target)  # whatever is shared can be read
+            load_model(target)  # checks that the shared model can be read
     write_text(folder / SUMS, "".join(_sums(folder)))
     if facts.config is not None:
         write_text(folder / CONFIG, config_text(facts.config))

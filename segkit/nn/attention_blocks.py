@@ -175,7 +175,7 @@ def as_identity(network: nn.Module, blocks: Collection[str]) -> Iterator[None]:
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     places = {block: _place(network, block) for block in blocks}
     try:
-        # An outer module comes before those in it, whose places are not looked up again.
+        # All places are known already, so an outer module and one in it can both be replaced.
         for parent, child in places.values():
             replaced.append((parent, child, getattr(parent, child)))
             setattr(parent, child, PassThrough(getattr(parent, child)))

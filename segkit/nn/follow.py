@@ -92,7 +92,7 @@ class Follower(TorchFunctionMode):
         name = getattr(func, "__name__", "").strip("_")
         if name == FUSED_ATTENTION:
             self.fused.update(self.inside)
-        # Calls in place change the tensor that they are given, so this is asked before.
+        # Looked up before the call, because a call in place changes its argument.
         given = [(self.of(part), part) for part in _tensors([*args, *named.values()])]
         known = [(followed, part) for followed, part in given if followed is not None]
         result = func(*args, **named)
@@ -295,7 +295,7 @@ def _reshaped(
     """Placement after a reshape: cells are found as one axis, or as the axes of their grid."""
     one, tensor = known[0]
     if one.axes != tuple(range(one.axes[0], one.axes[0] + len(one.axes))):
-        return None  # cells that do not lie beside one another are put in another order
+        return None  # axes of cells that are not consecutive: a reshape would mix the cells
     before = math.prod(tensor.shape[: one.axes[0]])
     count = math.prod(one.cells)
     passed = 1
@@ -328,7 +328,7 @@ RULES: dict[str, Rule] = {
     "transpose": _exchanged,
     "swapaxes": _exchanged,
     **dict.fromkeys(("flatten", "reshape", "view", "unflatten", "reshape_as"), _reshaped),
-    # Other cells than those of the operand, in the same number.
+    # These may return as many cells as their operand has, but other ones.
     **dict.fromkeys(("roll", "flip", "sort", "gather", "movedim", "unfold", "fold"), _lost),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "grid_sample", "squeeze"), _lost),
     **dict.fromkeys(("unsqueeze", "expand", "repeat", "get", "unbind", "chunk"), _lost),

@@ -109,7 +109,7 @@ def foreign_blocks(
             continue
         kind = type(module).__name__.lower().replace("_", "")
         whole = WHOLE_BLOCK.fullmatch(kind) is not None
-        # Some libraries wrap a choice of attention, which may be none.
+        # Some libraries use a wrapper for a choice of attention, which may be empty.
         if not (whole or ATTENTION.fullmatch(kind)) or not any(True for _ in module.parameters()):
             continue
         block = name if whole else _around(name, modules, calls)

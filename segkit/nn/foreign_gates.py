@@ -233,7 +233,7 @@ def gate(
         if join.module in wanted:
             made.append((level, join, _made(network, join, level, placements or {})))
             gated[f"skip.{level}"] = join.module
-    # Only now, so that a network that cannot be gated stays as it was.
+    # Only after all checks, so that a network that cannot be gated does not change.
     for _, join, gate_of_join in made:
         _put(network, join, gate_of_join)
     return gated
@@ -267,7 +267,7 @@ def find_joins(network: nn.Module, image: Tensor) -> list[FoundJoin]:
 
     with in_prediction(network):
         followed_calls(network, image, modules, watch)
-    # Of nested joins, the inner one calls the layers.
+    # If joins are nested, only the innermost counts: it calls the layers.
     inner = [
         join
         for name, join in found.items()
@@ -314,7 +314,7 @@ def _connected(
     if not isinstance(output, Tensor) or output.shape[2:] != skip.shape[2:]:
         return None
     below = output.shape[1] - skip.shape[1]
-    if below <= 0:  # added, or multiplied
+    if below <= 0:  # the skip is added or multiplied, not concatenated
         return None
     followed = follower.of(skip)
     cells = tuple(skip.shape[2:])
@@ -333,7 +333,7 @@ def _called(
 ) -> FoundJoin | None:
     try:
         bound = inspect.signature(module.forward).bind(*args, **named).arguments
-    except (TypeError, ValueError):  # a module without a signature takes no two features
+    except (TypeError, ValueError):  # a module without a signature cannot be a join
         return None
     given = [
         (place, label, value)

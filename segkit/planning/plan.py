@@ -295,7 +295,7 @@ def _target(numbers: Numbers, spatial_dims: int) -> tuple[tuple[float, float, fl
     axes = [axis for axis in range(3) if axis != left_out]
     return spacing, Setting(
         spacing=tuple(spacing[axis] for axis in axes),
-        # A slice of one line is padded, so that the patch of a 2D network is always a slice.
+        # A slice of one line is padded, so that the patch of a 2D network always has two axes.
         median=tuple(max(shape[axis], 4 - spatial_dims) for axis in axes),
         dataset_voxels=math.prod(shape) * len(numbers.shapes),
         in_channels=len(numbers.channels),

@@ -200,7 +200,7 @@ def split_is_edited(run: Path, config: Config) -> bool:
     """
     try:
         begun = settings_of(read_json_object(run / BEGUN), str(run / BEGUN))
-    except FileNotFoundError:  # the run of an older version
+    except FileNotFoundError:  # a run of an older version
         return False
     except (OSError, ValueError) as error:
         raise ConfigError(f"{run / BEGUN}: cannot be read as JSON: {error}; delete it") from None

@@ -258,7 +258,7 @@ def _go_on(
     track: Track,
 ) -> CrossValidation:
     with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
-        (folder / SUMMARY).unlink(missing_ok=True)  # it is no longer what the folds say
+        (folder / SUMMARY).unlink(missing_ok=True)  # it is out of date once a fold is trained
         known = _record_of(folder).folds if (folder / FOLDS).is_file() else []
         record = record.model_copy(update={"folds": sorted({*known, *record.folds})})
         write_json(folder / FOLDS, record.model_dump(mode="json"))
@@ -276,7 +276,7 @@ def _go_on(
                 dataset = _as_begun(folder, record)
                 train(config, runs=folder, callbacks=callbacks, track=track, dataset=dataset)
     with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
-        # Another process may have begun more of them meanwhile; the last to end pools all.
+        # Another process may have started more folds meanwhile. The last to finish pools all.
         record = _record_of(folder)
         if missing := _missing(folder, record):
             say(

@@ -109,7 +109,7 @@ def _check_splits(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> No
     for fold in others:
         cases = {*splits[fold]["train"], *splits[fold]["held_out"]}
         if apart := sorted(known ^ cases):
-            if given:  # a file of folds may leave cases out of some
+            if given:  # in a file of folds, some folds may lack cases
                 continue
             raise ConfigError(
                 f"{runs[fold]}: expected the same cases as in {runs[first]}, but "

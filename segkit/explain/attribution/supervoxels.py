@@ -74,7 +74,7 @@ class Supervoxels:
             chosen: numbers of the parts that are replaced.
             box: the voxels to return; all if empty.
         """
-        table = torch.zeros(len(self) + 1, dtype=torch.bool)  # the last one is for -1
+        table = torch.zeros(len(self) + 1, dtype=torch.bool)  # the last entry is for voxels of -1
         table[torch.from_numpy(chosen.astype(np.int64))] = True
         place = (slice(None), *box)
         return torch.where(table[self.numbers[box].long()], replacement[place], image[place])
@@ -98,7 +98,7 @@ class Supervoxels:
         known = np.zeros(len(self) + 1, bool)
         known[self.numbers[computed].unique().numpy()] = True
         found: ndarray = np.where(known, np.append(values, np.nan), np.nan)
-        found[-1] = np.nan  # of -1
+        found[-1] = np.nan  # for voxels of -1
         if self.are_boxes:
             return found[:-1].reshape(self.grid.shape)
         return found[self.numbers.numpy()]

@@ -67,7 +67,7 @@ def rise_p(changes: Sequence[float]) -> float:
     if not counted.size:
         return 1.0
     _, places, counts = np.unique(np.abs(counted), return_inverse=True, return_counts=True)
-    doubled = (2 * counts.cumsum() - counts + 1)[places]  # twice the rank; ties share theirs
+    doubled = (2 * counts.cumsum() - counts + 1)[places]  # twice the mid-rank of each value
     above = int(doubled[counted > 0].sum())
     if len(counted) > MOST_EXACT:
         mean, deviation = doubled.sum() / 2, np.sqrt((doubled.astype(float) ** 2).sum()) / 2
