@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from benchmarks.verdicts import GALLERY, SHAPES, Planted, evidence_of, predictor_of
+from benchmarks.planted_gallery import GALLERY, predictor_of
+from benchmarks.planted_gates import SHAPES, Planted
+from benchmarks.verdicts import evidence_of
 from segkit.explain.verdicts.rule import judge_evidence
 from segkit.geometry.grid import Grid
 from segkit.io.atomic import write_json
