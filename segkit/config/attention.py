@@ -161,7 +161,7 @@ class GlobalContextConfig(Section):
 
 
 class LargeKernelAttentionConfig(Section):
-    """LKA of Guo et al. 2022: voxels weighed by convolutions that reach ten voxels far and more."""
+    """LKA of Guo et al. (2022): voxels weighted by convolutions over 23 voxels along each axis."""
 
     kind: Literal["lka"] = "lka"
     levels: Levels | None = None
@@ -172,7 +172,9 @@ class LargeKernelAttentionConfig(Section):
 
 
 class PairedAttentionConfig(Section):
-    """EPA of UNETR++ (Shaker et al. 2022): attention over voxels and over channels, paired."""
+    """EPA of UNETR++ (Shaker et al. 2022): attention over voxels and attention over channels, with
+    the same queries and keys.
+    """
 
     kind: Literal["epa"] = "epa"
     levels: Levels | None = None

@@ -128,7 +128,15 @@ def _check_shared(
     *,
     regions: bool,
 ) -> None:
-    """Raise DatasetError if a number belongs to two names that are not both regions."""
+    """Raise DatasetError if a number belongs to two names that are not both regions.
+
+    Args:
+        source: file or setting with the names, for messages.
+        named: numbers in files, by name.
+        ignored: numbers of voxels that nobody labelled.
+        background: name of the background.
+        regions: whether the names are regions, which may overlap.
+    """
     owners: dict[int, str] = {}
     for name, numbers in {**named, IGNORE: ignored}.items():
         for number in numbers:

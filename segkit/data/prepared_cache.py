@@ -33,7 +33,8 @@ from segkit.errors import DatasetError, Problems, SegkitError, VolumeError
 from segkit.geometry.grid import ANISOTROPY, Orientation
 from segkit.io.atomic import PARTIAL, naming, remove_leftovers
 from segkit.io.checksums import file_states
-from segkit.io.volume import is_picture, read_volume
+from segkit.io.volume import read_volume
+from segkit.io.volume_names import is_picture
 from segkit.system.memory import free_memory
 from segkit.system.resources import num_cores
 from segkit.system.workers import attempted, in_processes
@@ -216,6 +217,11 @@ def _marked(name: str, dataset: Dataset, label: ndarray) -> ndarray:
     """A label that also encodes the case's unlabelled classes, as `PartlyLabelled` needs it.
 
     The labels of all cases of a dataset have the same type, because they share batches.
+
+    Args:
+        name: name of the case.
+        dataset: the dataset, with the unlabelled classes of each case.
+        label: the label of the case.
     """
     sets = dataset.unlabelled_sets
     if len(sets) == 1:
@@ -249,7 +255,14 @@ def _as_stored(
     results: Iterator[SegkitError | None],
     problems: Problems,
 ) -> Iterator[CaseFiles]:
-    """Each case, as soon as it is stored or its error is added to `problems`."""
+    """Each case, as soon as it is stored or its error is added to `problems`.
+
+    Args:
+        cases: all cases, in order.
+        pending: names of the cases that are not stored yet.
+        results: None or the error of each pending case, in order.
+        problems: collects the errors.
+    """
     for case in cases:
         error = next(results) if case.name in pending else None
         if isinstance(error, TooLargeError):  # other cases would fail for the same spacing

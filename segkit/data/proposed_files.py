@@ -16,7 +16,8 @@ import numpy as np
 import yaml
 
 from segkit.errors import VolumeError, printable
-from segkit.io.volume import has_volume_suffix, read_label_values, stem_of
+from segkit.io.volume import read_label_values
+from segkit.io.volume_names import has_volume_suffix, stem_of
 
 LISTED_FILES = 20_000
 """So many files are looked at; larger folders are described by their first files."""
@@ -114,7 +115,7 @@ def _patterns(folder: Path) -> dict[str, list[Path]]:
 
 
 def _of_patient(place: PurePosixPath) -> str:
-    """The pattern of a file in a patient's folder: `*/*/*_t1.nii` of `p1/visit2/p1_t1.nii`."""
+    """The pattern of a file in a patient's folder: `*/*/*_t1.nii` for `p1/visit2/p1_t1.nii`."""
     patient = re.escape(place.parts[0])
     whole_word = re.compile(rf"(?<![A-Za-z0-9]){patient}(?![A-Za-z0-9])")
     *folders, name = (whole_word.sub("*", part) for part in place.parts)

@@ -117,7 +117,14 @@ class Overlap:
         num_labels: int,
         ignore: int | None = None,
     ) -> "Overlap":
-        """Overlap of groups of labels in two label maps with the labels 0 … `num_labels` - 1."""
+        """Overlap of groups of labels in two label maps with the labels 0 … `num_labels` - 1.
+
+        Args:
+            prediction, reference: label maps of the same shape.
+            groups: the labels of each group.
+            num_labels: number of labels, the background included.
+            ignore: voxels with this reference label do not count.
+        """
         found, right = (torch.from_numpy(each.astype(np.int64)) for each in (prediction, reference))
         return cls.of_groups(confusion_matrix(found, right, num_labels), groups, ignore=ignore)
 

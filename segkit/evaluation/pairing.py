@@ -33,14 +33,8 @@ from segkit.errors import DatasetError, VolumeError, first_few
 from segkit.io.file_names import safe_name
 from segkit.io.picture_rules import PictureRules
 from segkit.io.tables import read_csv
-from segkit.io.volume import (
-    AS_IT_SAYS,
-    SUFFIXES,
-    case_name_of,
-    is_picture,
-    stem_of,
-    volumes_among,
-)
+from segkit.io.volume import AS_IT_SAYS
+from segkit.io.volume_names import SUFFIXES, case_name_of, is_picture, stem_of, volumes_among
 
 LABEL_WORDS = (
     *("seg", "dseg", "segmentation", "pred", "prediction", "label", "labels", "labelmap", "mask"),
@@ -340,7 +334,15 @@ class _Side:
 def _matches(
     mine: _Side, theirs: _Side, bare: bool, depth: int | None, partner: Mapping[int, int]
 ) -> list[tuple[int, int]]:
-    """Pairs of prediction and reference that match each other and no other volume."""
+    """Pairs of prediction and reference that match each other and no other volume.
+
+    Args:
+        mine: the predictions.
+        theirs: the references.
+        bare: whether names are compared without final words such as `_seg`.
+        depth: number of last parts of a path that are compared; None for the whole path.
+        partner: the pairs so far: the index of the prediction, by that of the reference.
+    """
     by_key: dict[Parts, set[int]] = defaultdict(set)
     for place in range(len(mine.volumes)):
         for key in mine.keys(place, bare, depth):
@@ -363,7 +365,14 @@ def _matches(
 
 
 def _check_clear(mine: _Side, theirs: _Side, partner: Mapping[int, int], loose: set[int]) -> None:
-    """Raise VolumeError if a volume without a partner may belong to a case that has a pair."""
+    """Raise VolumeError if a volume without a partner may belong to a case that has a pair.
+
+    Args:
+        mine: the predictions.
+        theirs: the references.
+        partner: the pairs: the index of the prediction, by that of the reference.
+        loose: references that were paired by name only, without their folder.
+    """
     used = set(partner.values())
     places: dict[Parts, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for number, side in enumerate((mine, theirs)):

@@ -232,7 +232,7 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
     Args:
         rows: one for each class and case.
         num_resamples: number of bootstrap resamples.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Raises:
         ValueError: if a row is missing or double, or tolerances or units differ.
@@ -294,7 +294,7 @@ def statistic_of(
     Args:
         scores: the score of each class in each case; NaN if it is undefined.
         num_resamples: number of bootstrap resamples.
-        seed: of the resamples.
+        seed: seed of the resamples.
     """
     defined = [of_class[~np.isnan(of_class)] for of_class in scores]
     defined = [of_class for of_class in defined if len(of_class)]

@@ -99,10 +99,10 @@ def check_reduced(
     """Predict a scan with both graphs, and compare the labels and the times.
 
     Args:
-        model: of both graphs.
+        model: the model of both graphs.
         whole: the graph in float32.
         reduced: the graph in the lower precision.
-        precision: of that graph.
+        precision: precision of the second graph.
         scan: a real scan.
         reference: labels of the scan, as files hold them.
     """
@@ -145,7 +145,7 @@ def halved(graph: Any) -> Any:
     blocked = [*float16.DEFAULT_OP_BLOCK_LIST, "InstanceNormalization", "Resize"]
     with only_errors():
         half = float16.convert_float_to_float16(graph, keep_io_types=True, op_block_list=blocked)
-        # The casts of inputs stand last, behind what takes them.
+        # The converter puts the casts of inputs last, after the nodes that use them.
         sorted_nodes = ONNXModel(half)
         sorted_nodes.topological_sort()
         return sorted_nodes.model

@@ -44,8 +44,8 @@ from segkit.inference.output_arrays import Results
 from segkit.inference.source_rows import SourceRows, labels_of, pieces
 from segkit.inference.windows import stream
 from segkit.io.disk_arrays import Allocate, in_memory
-from segkit.io.nan_values import nan_as_zero
-from segkit.io.volume import Volume, value_problem
+from segkit.io.nan_values import nan_as_zero, value_problem
+from segkit.io.volume import Volume
 from segkit.model.folder import Model, load_model, model_folders
 from segkit.nn.network import SegmentationNetwork
 
@@ -160,7 +160,9 @@ class Predictor:
             A predictor of all these models together.
 
         Raises:
-            ModelError: a path has no model, or the models have different labels or channels.
+            ModelError: a path has no model, the models have different labels or channels, `network`
+                is given for several models, or `Predictor` raises it.
+            ConfigError: the features of a window need more memory than is free.
         """
         folders = [folder for path in paths for folder in model_folders(path, checkpoint)]
         if network is not None and len(folders) > 1:
@@ -215,7 +217,8 @@ class Predictor:
         Raises:
             ModelError: the channels do not fit, or the network's output contains NaN or infinity.
             VolumeError: the volume contains NaN or infinity, and a model was not trained with
-                `data.nan: background`; or a channel contains no finite number.
+                `data.nan: background`; a channel contains no finite number; or a picture has a
+                pixel size and the pictures in training had none, or the reverse.
         """
         if images is None:
             volume = self.with_numbers(volume)
@@ -417,6 +420,9 @@ def segment_prepared(
         patch_size: size of windows in voxels.
         overlap: share of a window that neighbours have in common.
         written: the numbers of regions, in order; None if the outputs are classes.
+
+    Returns:
+        Labels (x, y, z).
     """
     device = next(network.parameters()).device
     on_gpu = device.type == "cuda"

@@ -74,5 +74,5 @@ class StructureRules:
         return bool(lacking) and (self.absent == "refuse" or len(lacking) == every)
 
     def told(self) -> str:
-        """All that decides about labels except the files, as text for the digests of caches."""
+        """The rules as text, for the digests of caches."""
         return repr((dict(self.patterns), dict(self.numbers), self.background, self.absent))

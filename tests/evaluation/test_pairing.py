@@ -11,7 +11,8 @@ import pytest
 import segkit
 from segkit.evaluation.pairing import find_pairs
 from segkit.geometry.grid import Grid
-from segkit.io.volume import Volume, stem_of, write_volume
+from segkit.io.volume import Volume, write_volume
+from segkit.io.volume_names import stem_of
 from tests.small import small_dataset
 
 

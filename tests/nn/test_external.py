@@ -27,7 +27,8 @@ from segkit.io.inputs import find_inputs
 from segkit.io.volume import read_volume
 from segkit.model.build import build_network, wrap_network
 from segkit.model.folder import described_model, load_model
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
+from segkit.training.resume import resume
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
 

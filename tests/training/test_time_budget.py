@@ -17,8 +17,10 @@ from segkit.config.network import NetworkConfig
 from segkit.config.training import LEAST_STEPS, TrainConfig
 from segkit.errors import ConfigError, Stopped
 from segkit.inference.window_seconds import num_windows
-from segkit.training.fit import resume, scored_model, train
+from segkit.training.final_scores import scored_model
+from segkit.training.fit import train
 from segkit.training.optimisers import make_optimiser, make_schedule
+from segkit.training.resume import resume
 from segkit.training.run_folder import LAST
 from segkit.training.time_budget import (
     Deadline,

@@ -68,7 +68,7 @@ def rise_p(changes: Sequence[float]) -> float:
         return 1.0
     sizes = np.abs(counted)
     ordered = np.sort(sizes)
-    # Twice the rank; ties share theirs.
+    # Twice the mid-rank of each value.
     doubled = ordered.searchsorted(sizes) + ordered.searchsorted(sizes, "right") + 1
     above = int(doubled[counted > 0].sum())
     if len(counted) > MOST_EXACT:

@@ -84,7 +84,13 @@ def pointing(ranked: Ranked, near: Inside) -> float:
 def near_structure(
     inside: Bool[ndarray, "x y z"], spacing: tuple[float, float, float], tolerance_mm: float
 ) -> Bool[ndarray, "x y z"]:
-    """The cells whose centre lies within a tolerance (mm) of the centre of a cell inside."""
+    """The cells whose centre lies within a tolerance (mm) of the centre of a cell inside.
+
+    Args:
+        inside: the cells in the structure.
+        spacing: distance between cells along each axis, in mm.
+        tolerance_mm: the largest distance, in mm.
+    """
     if not inside.any():
         return np.zeros_like(inside)
     distance: ndarray = distance_transform_edt(~inside, sampling=spacing)
@@ -138,6 +144,10 @@ def saturation(values: CellValues, lowest: float, highest: float) -> tuple[float
     """The shares of cells at the lower and at the upper end of the map's range.
 
     NaN for an end that is infinite.
+
+    Args:
+        values: the map's values.
+        lowest, highest: the ends of the map's range.
     """
     low = np.mean(values <= lowest + NEAR_AN_END) if np.isfinite(lowest) else np.nan
     high = np.mean(values >= highest - NEAR_AN_END) if np.isfinite(highest) else np.nan

@@ -141,10 +141,10 @@ def _other_functions(
     """Ranks, extremes, deviation and entropy of one channel's intensity, on a map's cells.
 
     Args:
-        of: the part of a name that says which channel it is.
-        image: the channel.
+        of: the end of a name, which names the channel of a scan with several ones.
+        image: the intensity on the voxels that the network processed.
         cells: the map's cells.
-        smoothed: smooths a map on the cells.
+        smoothed: smooths values on the map's grid.
     """
     size = [min(3, count) for count in image.shape]
     centred = image - np.float32(image.mean())
@@ -280,7 +280,7 @@ def deleted_comparators(names: Sequence[str]) -> list[str]:
     """The image comparators that are also used for deletion.
 
     Args:
-        names: of all image comparators.
+        names: names of all image comparators.
     """
     smoothed = [f"smoothed over {width:g} cells" for width in DELETED_WIDTHS]
     return [
@@ -300,7 +300,7 @@ class Sides:
     Args:
         inside: the cells in the structure.
         counted: the cells that count.
-        seed: of the random sample, if a side has more than `MOST_CELLS` cells.
+        seed: seed of the random sample, if a side has more than `MOST_CELLS` cells.
     """
 
     def __init__(
@@ -368,7 +368,7 @@ def mean_map(others: Sequence[CellValues3d], shape: tuple[int, ...]) -> CellValu
 
     Args:
         others: maps from `boxed`.
-        shape: of the result.
+        shape: shape of the result.
     """
     total, count = np.zeros(shape), np.zeros(shape)
     for values in others:

@@ -136,7 +136,7 @@ def gather_evidence(
         labels: the labels that the predictor returned.
         case: name of the scan.
         earlier: evidence of other scans. Their mean map is a comparator for deletion.
-        seed: of the untrained networks and the random order of equal values.
+        seed: seed of the untrained networks and the random order of equal values.
         untrained: makes an untrained network from a seed. If None, networks are built from the
             model's description.
         unlabelled: classes or regions that nobody labelled in the reference. They have no drops and
@@ -193,7 +193,18 @@ def dice_drops(
     unlabelled: Collection[str] = (),
     track: Track = untracked,
 ) -> dict[GateChannel, dict[str, tuple[float, ...]]]:
-    """The fall of each structure's Dice without each channel; see `ChannelEvidence.drops`."""
+    """The fall of each structure's Dice without each channel; see `ChannelEvidence.drops`.
+
+    Args:
+        predictor: runs the model.
+        volume: the scan.
+        truth: the labels with which Dice is computed: the reference, or the prediction without one.
+        labels: the labels that the predictor returned for the scan.
+        maps: the maps that the predictor returned, by key.
+        keys: keys of the maps to ablate.
+        unlabelled: classes or regions that nobody labelled in the reference.
+        track: reports the progress.
+    """
     labelling = predictor.model.description.labelling
     counts = {key: len(channels_of(maps[key])) for key in keys}
     units = [(key, channel) for key in keys for channel in range(counts[key])]
