@@ -3,9 +3,9 @@
     python -m benchmarks.gallery docs/pictures
 
 Takes about a minute. The gates are some of those in benchmarks/planted_gallery.py, in 2D. For each
-gate the script segments scans and applies the rule of docs/verdicts.md. It writes `gallery_NAME.png`
-with a channel of the first scan, the structure and the gate's map. `gallery.json` gets each verdict
-and its sentence.
+gate the script segments scans and applies the rule of docs/verdicts.md. It writes
+`gallery_NAME.png` with a channel of the first scan, the structure and the gate's map.
+`gallery.json` gets each verdict and its sentence.
 """
 
 import argparse
