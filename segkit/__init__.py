@@ -15,7 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from segkit.checking import Understood, check
+    from segkit.checking.check import check
+    from segkit.checking.understood import Understood
     from segkit.config.load import load_config
     from segkit.config.model import ModelDescription
     from segkit.config.training import Config
@@ -152,7 +153,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "segkit.checking": ("Understood", "check"),
+    "segkit.checking.check": ("check",),
+    "segkit.checking.understood": ("Understood",),
     "segkit.config.model": ("ModelDescription",),
     "segkit.config.training": ("Config",),
     "segkit.config.load": ("load_config",),

@@ -12,7 +12,7 @@ from numpy import ndarray
 from numpy.testing import assert_array_equal
 
 import segkit
-from segkit.checking import check_dataset
+from segkit.checking.check_dataset import check_dataset
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.network import NetworkConfig
 from segkit.config.training import Config

@@ -13,7 +13,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.config.data import ZScoreConfig
 from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.model import ModelDescription

@@ -20,7 +20,7 @@ from nibabel.nifti2 import Nifti2Image
 from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
 
-from segkit.checking import describe_volume
+from segkit.checking.describe_volume import describe_volume
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.io import voxel_bytes

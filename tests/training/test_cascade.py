@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.config.data import ZScoreConfig
 from segkit.config.load import load_config
 from segkit.config.model import ModelDescription
