@@ -89,24 +89,6 @@ class Pairing:
     """Predictions without a reference."""
 
 
-def find_pairs(predictions: Path, references: Path) -> Pairing:
-    """Pair predictions with references by the rule of this module.
-
-    If both paths are files, they are a pair, whatever their names.
-
-    Args:
-        predictions: a segmentation, or a folder of segmentations with its subfolders. Hidden files
-            are left out.
-        references: a reference, a folder of references, or a dataset (its folder or YAML file).
-
-    Raises:
-        VolumeError: if there is no pair, or files are ambiguous.
-        ConfigError: if a YAML file is not valid.
-        DatasetError: if a dataset is not valid.
-    """
-    return pair_with(predictions, references_in(references, but=predictions), references)
-
-
 def references_in(path: Path, *, but: Path | None = None) -> References:
     """The references in a file, a folder or a dataset.
 
@@ -180,12 +162,18 @@ def _in_bids(folder: Path, labels: Mapping[str, Path]) -> References:
 
 
 def pair_with(predictions: Path, references: References, where: Path) -> Pairing:
-    """Pair predictions with given references, as `find_pairs` does.
+    """Pair predictions with given references by the rule of this module.
+
+    If both paths are files, they are a pair, whatever their names.
 
     Args:
-        predictions: a segmentation, or a folder of segmentations.
+        predictions: a segmentation, or a folder of segmentations with its subfolders. Hidden files
+            are left out.
         references: from `references_in`.
         where: path of the references, for messages.
+
+    Raises:
+        VolumeError: if there is no pair, or files are ambiguous.
     """
     if not predictions.exists():
         raise VolumeError(f"{predictions}: no such file or folder; check the path")

@@ -14,7 +14,7 @@ def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path
     Args:
         inputs: the volumes. If some lie among the references, they are not taken for references.
         references: the label file of the only volume, or a folder of labels or a dataset, whose
-            files are paired with the inputs as in `find_pairs`.
+            files are paired with the inputs as in `pair_with`.
 
     Raises:
         VolumeError: if an input has no reference or more than one.
