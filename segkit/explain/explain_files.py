@@ -8,7 +8,7 @@ from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
 from segkit.evaluation.evaluate import tolerance_of
-from segkit.evaluation.pairing import references_in
+from segkit.evaluation.references import references_in
 from segkit.explain.attribution.attribute import AttributionSettings, Method
 from segkit.explain.display import Verdict
 from segkit.explain.explain_scan import explain_volume, facts_of

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from segkit.errors import VolumeError
-from segkit.evaluation.pairing import called, pair_by_name, references_in
+from segkit.evaluation.pairing import pair_by_name
+from segkit.evaluation.references import called, references_in
 from segkit.io.inputs import Input
 
 

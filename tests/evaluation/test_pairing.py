@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import segkit
-from segkit.evaluation.pairing import Pairing, pair_with, references_in
+from segkit.evaluation.pairing import Pairing, pair_with
+from segkit.evaluation.references import references_in
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume
 from segkit.io.volume_names import stem_of

@@ -18,7 +18,8 @@ from segkit.config.training import Config
 from segkit.data.dataset_json import read_labelling
 from segkit.errors import ConfigError, ModelError
 from segkit.evaluation.evaluate import score_pairs
-from segkit.evaluation.pairing import pair_with, references_in
+from segkit.evaluation.pairing import pair_with
+from segkit.evaluation.references import references_in
 from segkit.inference.engines.choose import choose_engine
 from segkit.inference.engines.torch_eager import TorchEngine
 from segkit.inference.predict_files import predict_files
