@@ -43,7 +43,7 @@ SLOWER, FASTER = 0.8, 1.5
 """A run differs from its plan if it will do less than the first, or more than the second, of these
 shares of the planned steps."""
 KNOWN_AFTER, FEWEST_KNOWN = 0.05, 5
-"""The pace is known after this share of the time for steps, and this number of steps."""
+"""The speed is known after this share of the time for steps, and this number of steps."""
 
 
 @dataclass
