@@ -192,7 +192,9 @@ def test_a_machine_that_is_much_faster_than_planned_is_told() -> None:
     assert f"{budget.expected_steps} steps, 400 planned, fit into the 10 minutes" in told
 
 
-@pytest.mark.parametrize(("per_step", "word"), [(3.0, "the plan has"), (0.5, "larger plan"), (1.4, "")])
+@pytest.mark.parametrize(
+    ("per_step", "word"), [(3.0, "the plan has"), (0.5, "larger plan"), (1.4, "")]
+)
 def test_the_pace_is_told_once_after_a_twentieth_of_the_time(
     per_step: float,
     word: str,
