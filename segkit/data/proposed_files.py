@@ -24,7 +24,7 @@ LISTED_FILES = 20_000
 MOST_READ = 3
 """So many label files are read to find their numbers."""
 PROPOSED_CLASSES = 12
-"""More numbers are no names of classes."""
+"""Largest number of classes that a proposal names."""
 ENTITY_VALUE = re.compile(r"(?<![A-Za-z0-9])(sub|ses|run)-[A-Za-z0-9]+")
 LABEL_WORD = re.compile(
     r"(?:^|[/_.\-*])(?:d?segs?|segm|segmentations?|labels?(?:tr)?|masks?|gt|ground_?truth|truth|"
@@ -33,7 +33,7 @@ LABEL_WORD = re.compile(
 VISIT = re.compile(r"(?i)(ses|visit|time|tp|scan|v)?[-_ ]?[0-9][0-9_.-]*")
 """Names of folders of visits, such as `visit2` or `2020-01-31`."""
 PROPOSED_CHANNELS = 8
-"""More patterns of images are no channels."""
+"""Largest number of channels of a proposal; with more, nothing is proposed."""
 DERIVATIVES = "derivatives"
 """The folder of BIDS in which labels and other results lie."""
 

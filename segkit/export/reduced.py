@@ -35,7 +35,7 @@ ExportPrecision = Literal["float32", "float16", "int8"]
 LEAST_SAME: dict[ExportPrecision, float] = {"float16": 0.999, "int8": 0.98}
 """The least share of voxels that must have the label of float32."""
 MOST_WINDOWS = 24
-"""On which ranges are measured."""
+"""Largest number of windows on which ranges of features are measured."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Followed:
     axes: tuple[int, ...]
     """The tensor's axis along each axis of space; a single one if the cells are tokens."""
     depth: int
-    """Number of convolutions and the like between it and the input."""
+    """Number of layers, such as convolutions, between it and the input."""
 
     @property
     def tokens(self) -> bool:

@@ -40,9 +40,9 @@ class Call:
     """The shapes of one call of a module."""
 
     features: tuple[int, ...] | None
-    """Shape of the argument that the identity would give back; None if it is not a tensor."""
+    """Shape of the argument that the identity would return; None if it is not a tensor."""
     output: tuple[int, ...] | None
-    """None if it is not a tensor."""
+    """Shape of the output; None if it is not a tensor."""
 
     @property
     def keeps_shape(self) -> bool:

@@ -169,7 +169,7 @@ class FoundJoin:
     """Placement of the skip; None if it could not be followed."""
     arguments: GatedArgument | None = None
     before: str = ""
-    """The transposed convolution, of a concatenation."""
+    """Name of the transposed convolution, if the form is a concatenation."""
 
 
 def gate(

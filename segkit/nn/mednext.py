@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from segkit.nn.blocks import Features, NormalisationKind, convolution, normalisation
 
 LEAST_MEAN = 1e-6
-"""Added to a mean that is divided by."""
+"""Added to a mean before a division by it."""
 
 
 class ResponseNormalisation(nn.Module):

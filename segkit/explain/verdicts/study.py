@@ -197,8 +197,8 @@ def _tables(
                 for one in verdicts
             ],
             note="From this scan only. One scan is too few for a verdict other than 'cannot tell'. "
-            "Comparators are intensity and gradient, unchanged and smoothed, and untrained "
-            "networks.",
+            "Comparators are fixed functions of the image, such as its smoothed intensity or "
+            "gradient, and untrained networks.",
         ),
         Table(
             "Dice without each map",
