@@ -193,8 +193,8 @@ def _in_mm(metric: str) -> str:
     return known.get(metric, metric)
 
 
-def read_scores(path: Path) -> ScoresOfCases:
-    """Scores of each case, by the names in `METRICS`; lengths are in mm, or in pixels.
+def _read(path: Path) -> tuple[ScoresOfCases, Unit]:
+    """Scores of each case, with lengths in mm or pixels, and the unit of lengths in the file.
 
     Args:
         path: a file from `segkit evaluate --out`, or the folder of a run or cross-validation.
@@ -202,11 +202,6 @@ def read_scores(path: Path) -> ScoresOfCases:
     Raises:
         ConfigError: if there are no scores.
     """
-    return _read(path)[0]
-
-
-def _read(path: Path) -> tuple[ScoresOfCases, Unit]:
-    """Scores of each case, with lengths in mm or pixels, and the unit of lengths in the file."""
     source = path / SUMMARY_FILE if path.is_dir() else path
     if not source.is_file():
         raise ConfigError(

@@ -17,7 +17,8 @@ from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sent
 from segkit.evaluation.calibration import Calibration
 from segkit.evaluation.evaluate_probabilities import calibrate_pairs
 from segkit.evaluation.label_names import labelling_in, labels_file, picture_rules_in
-from segkit.evaluation.pairing import Pairing, pair_with, references_in
+from segkit.evaluation.pairing import Pairing, pair_with
+from segkit.evaluation.references import references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
 from segkit.io.picture_rules import PictureRules, length_mm

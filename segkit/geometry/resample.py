@@ -17,6 +17,8 @@ from jaxtyping import Float, Integer
 from numpy import ndarray
 from torch import Tensor
 
+from segkit.geometry.memory_order import slowest_first
+
 Order = Literal[0, 1, 3]
 
 # The spline through a 1 among zeros has the B-spline coefficients √3 · POLE^|k| at knot k.
@@ -49,7 +51,7 @@ def sample_axis(
         axis: the axis to resample.
         order: 0 for the nearest voxel, 1 for linear, 3 for the cubic spline.
     """
-    memory_order = sorted(range(values.ndim), key=values.stride, reverse=True)
+    memory_order = slowest_first(values.stride())
     sampled = _sampled(values.permute(memory_order), positions, memory_order.index(axis), order)
     return sampled.permute([memory_order.index(dimension) for dimension in range(values.ndim)])
 

@@ -26,6 +26,7 @@ from segkit.data.first_stage_labels import majority
 from segkit.data.label_numbers import as_in_files, volume_within
 from segkit.data.preprocess import Prepared
 from segkit.errors import ModelError, SegkitError, VolumeError, counted
+from segkit.geometry.memory_order import slowest_first
 from segkit.inference import postprocess as components
 from segkit.inference.attention_maps import AttentionMap, MapCollector
 from segkit.inference.engines.out_of_memory import RowCombiner
@@ -441,10 +442,10 @@ def put_labels(target: Integer[ndarray, "x y z"], labels: Integer[Tensor, "x y z
 
     Their device converts and sorts them first, so that less is copied, and in the order in memory.
     """
-    slowest_first = sorted(range(target.ndim), key=lambda axis: -abs(target.strides[axis]))
+    order = slowest_first(target.strides)
     small = torch.uint8 if target.dtype.itemsize == 1 else torch.int32
-    sorted_labels = labels.to(small).permute(slowest_first).contiguous()
-    target.transpose(slowest_first)[...] = sorted_labels.cpu().numpy()
+    sorted_labels = labels.to(small).permute(order).contiguous()
+    target.transpose(order)[...] = sorted_labels.cpu().numpy()
 
 
 def _check_alike(models: Sequence[Model]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.config.load import load_config
+from segkit.config.load import changed, load_config
 from segkit.config.training import Config
 from segkit.errors import ConfigError, first_few
 from segkit.model.file_names import CONFIG, SUMMARY
@@ -168,4 +168,4 @@ def is_done(run: Path, overrides: Sequence[str]) -> bool:
     if not any(override.startswith("train.steps=") for override in overrides):
         return True
     config = load_config(run / CONFIG)
-    return load_config(run / CONFIG, overrides).train.steps <= config.train.steps
+    return changed(config, overrides).train.steps <= config.train.steps

@@ -247,8 +247,8 @@ def slower_than_planned(budget: TimeBudget, share: float = 1.0) -> str:
     elif load > cores + 1:
         reason = f"other programs use the cores (load {load:.1f} on {cores})"
     return (
-        f"a step takes {budget.per_step:.2g} s instead of the planned {planned:.2g} s (its share "
-        f"of all other work included): {reason}; {end}"
+        f"a step takes {budget.per_step:.2g} s, and the plan has {planned:.2g} s for a step and "
+        f"its share of all other work: {reason}; {end}"
     )
 
 
