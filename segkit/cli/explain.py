@@ -73,7 +73,7 @@ def explain_command(
     overlap: OverlapOption = 0.5,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write attention maps, measures of what they show, and a page.
+    """Write attention maps, how well they show structures, and a page.
 
     Maps are compared with the reference, or with the predicted labels if there is none. If there
     are several volumes, each has its own folder, and a table and a page summarise all. A volume

@@ -1,4 +1,4 @@
-"""What to plan: a measured dataset, and the budget in time and memory."""
+"""The task of a plan: a measured dataset, and the budget in time and memory."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Continuing of a stopped run from its last checkpoint.
+"""A stopped run continues from its last checkpoint.
 
 Patches, augmentation and noise depend only on the seed and the step. So a run that is resumed ends
 with the same weights as a run that was never stopped.
@@ -208,7 +208,14 @@ def _split_of_run(folder: Path, record: Mapping[str, Any]) -> SplitNames | None:
 def _check_more_to_do(
     folder: Path, config: Config, before: Mapping[str, Any], steps_done: int
 ) -> None:
-    """Raise ConfigError unless a finished run was given more steps."""
+    """Raise ConfigError unless a finished run was given more steps.
+
+    Args:
+        folder: the folder of the run.
+        config: the config now.
+        before: the config in the last checkpoint.
+        steps_done: number of steps that the run has done.
+    """
     given = {
         "train.steps": config.train.steps > steps_done,
         "train.patience": config.train.patience != before.get("train", {}).get("patience"),
