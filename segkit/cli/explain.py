@@ -45,8 +45,9 @@ def explain_command(
         Option(
             "--attribution",
             metavar="METHOD",
-            help="Also write what each part of the image contributes to each structure: "
-            "integrated_gradients, smoothgrad, occlusion or kernel_shap; may be repeated.",
+            help="Also write how much each part of the image contributes to each structure: "
+            "integrated_gradients, smoothgrad, occlusion or kernel_shap. Repeat it for each "
+            "method.",
         ),
     ] = None,
     cell: Annotated[
@@ -55,7 +56,7 @@ def explain_command(
     ] = None,
     identity: Annotated[
         bool,
-        Option("--identity", help="Replace each attention block by the identity, and score again."),
+        Option("--identity", help="Test if the network needs each of its attention blocks."),
     ] = False,
     tolerance: Annotated[
         str | None,
@@ -72,7 +73,7 @@ def explain_command(
     overlap: OverlapOption = 0.5,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write attention maps, how well they localise structures, and a page that shows them.
+    """Write attention maps, how well they show structures, and a page.
 
     Maps are compared with the reference, or with the predicted labels if there is none. If there
     are several volumes, each has its own folder, and a table and a page summarise all. A volume
@@ -82,12 +83,8 @@ def explain_command(
 
     from segkit.data.case_inputs import inputs_in
     from segkit.explain.attribution.attribute import AttributionSettings, chosen_methods
-    from segkit.explain.explain_files import (
-        check_targets,
-        explain_files,
-        explain_heads,
-        remove_heads,
-    )
+    from segkit.explain.explain_files import check_targets, explain_files
+    from segkit.explain.explain_heads import explain_heads, remove_heads
     from segkit.explain.verdicts.ablation import check_gates
     from segkit.explain.verdicts.identity import check_blocks
     from segkit.inference.predictor import Predictor

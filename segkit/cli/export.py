@@ -19,7 +19,8 @@ def export_command(
         str,
         Argument(
             metavar="RUN|MODEL",
-            help="A run, a model folder, hf:OWNER/NAME[@REVISION], or a zip with its path or URL.",
+            help="A run, a model folder, hf:OWNER/NAME or hf:OWNER/NAME@REVISION, or the path or "
+            "URL of a zip.",
         ),
     ],
     form: Annotated[

@@ -22,7 +22,7 @@ from segkit.cli.terminal import JsonOption, complain, console, raise_failures, s
 from segkit.errors import counted
 
 if TYPE_CHECKING:
-    from segkit.inference.predict_files import Outcome
+    from segkit.inference.result_files import Outcome
 
 
 def predict_command(
@@ -43,14 +43,18 @@ def predict_command(
     ] = False,
     statistics: Annotated[
         bool,
-        Option("--statistics", help="Also write voxels, ml, mean and sd of each class as JSON."),
+        Option(
+            "--statistics", help="Also write the volume and the intensity of each class as JSON."
+        ),
     ] = False,
     preview: Annotated[
         bool, Option("--preview", help="Also write a PNG of the middle slices with labels.")
     ] = False,
     layout: Annotated[
         Literal["flat", "bids"],
-        Option(help="Results named after the inputs, or as BIDS derivatives in --out."),
+        Option(
+            help="flat names results after their inputs; bids writes BIDS derivatives to --out."
+        ),
     ] = "flat",
     dicom_seg: Annotated[
         bool, Option("--dicom-seg", help="Write labels of DICOM series as DICOM segmentations.")
@@ -58,7 +62,8 @@ def predict_command(
     series: SeriesOption = None,
     pixel_size: PixelSizeOption = None,
     tta: Annotated[
-        bool, Option("--tta", help="Average over the mirror images that training used.")
+        bool,
+        Option("--tta", help="Average over mirror images, along the axes that training mirrored."),
     ] = False,
     checkpoint: CheckpointOption = None,
     device: Device = "auto",
@@ -74,17 +79,19 @@ def predict_command(
         str,
         Option(
             metavar="I/N",
-            help="Process the I-th of N shares of the volumes; auto if torchrun starts the jobs.",
+            help="Process the I-th of N shares of the volumes; auto if torchrun or srun starts the "
+            "jobs.",
         ),
     ] = "1/1",
     engine: Annotated[
         Literal["auto", "torch", "compile", "openvino", "onnx"],
-        Option(help="The inference engine; auto means OpenVINO on a CPU."),
+        Option(help="The inference engine; auto is OpenVINO on a CPU if installed, else PyTorch."),
     ] = "auto",
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         Option(
-            help="Number format of the network. The default is float32 on a CPU, float16 on a GPU."
+            help="Number format of the network. The default is float32 on a CPU and float16 on "
+            "a GPU."
         ),
     ] = None,
     json: JsonOption = False,

@@ -138,6 +138,7 @@ def _check(
     spacing: Sequence[float],
     directions: Float64[np.ndarray, "axis world"] | None,
 ) -> None:
+    """Raise TypeError or ValueError unless `surface_distances` can use these arguments."""
     if prediction_mask.dtype != np.bool_ or reference_mask.dtype != np.bool_:
         raise TypeError(
             f"expected bool masks, got {prediction_mask.dtype} and {reference_mask.dtype}; "

@@ -243,6 +243,14 @@ def _with_weights(
     first: tuple[Model, ...],
     module: nn.Module | None = None,
 ) -> Model:
+    """A model with the weights in its folder. Raises ModelError.
+
+    Args:
+        folder: the model folder.
+        description: the description of the model.
+        first: the models of its first stage.
+        module: the user's own module, if the network is one.
+    """
     source = folder / WEIGHTS
     if not source.is_file():
         advice = advice_without_weights([folder.parent]) or "copy the whole folder again"

@@ -24,6 +24,11 @@ SplitNames = Mapping[str, Sequence[str]]
 """Names of cases, under the keys `train` and `held_out`."""
 
 
+def names_of(parts: TrainingParts) -> dict[str, list[str]]:
+    """The names of the cases in each part of a training's split."""
+    return {part: [case.name for case in cases] for part, cases in parts.split._asdict().items()}
+
+
 def read_split(path: Path) -> SplitNames | None:
     """The names in a split.json; None if the file does not exist.
 
@@ -52,6 +57,11 @@ def read_split(path: Path) -> SplitNames | None:
 
 def check_not_moved(path: Path, now: SplitNames, begun: SplitNames) -> None:
     """Check that split.json moves no case from one part to the other.
+
+    Args:
+        path: the split.json.
+        now: the names that it holds.
+        begun: the names with which the run began.
 
     Raises:
         ConfigError: a case that was trained on is held out now, or the reverse.

@@ -172,6 +172,7 @@ def guarded(config: Config, device: torch.device) -> Iterator[None]:
 def _callbacks(
     parts: TrainingParts, config: Config, folder: Path, validated: bool
 ) -> list[Callback]:
+    """The callbacks of a training, in their order."""
     watched = f"validation/{parts.validation.measure}"
     average = config.train.averaging
     found: list[Callback] = [

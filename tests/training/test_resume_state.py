@@ -24,8 +24,9 @@ from segkit.errors import ConfigError, DatasetError
 from segkit.io.volume import read_volume, write_volume
 from segkit.training.changed_files import states_of, warn_of_changed_files
 from segkit.training.changed_settings import APPLIED, REFUSED, is_one_of
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
 from segkit.training.parts import prepare
+from segkit.training.resume import resume
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
 
@@ -450,7 +451,9 @@ def test_16_mixed_without_a_gpu_is_refused_before_anything_starts(
         pytest.skip("this machine has a GPU")
     asked = {"precision": "16-mixed", "accelerator": accelerator}
     config = small_config(tmp_path / "none", trainer=asked)
-    with pytest.raises(ConfigError, match=r"16-mixed, which PyTorch trains in only on a GPU.*; ch"):
+    with pytest.raises(
+        ConfigError, match=r"16-mixed, with which PyTorch trains only on a GPU.*; ch"
+    ):
         train(config, runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
@@ -462,6 +465,6 @@ def test_a_run_that_continues_in_16_mixed_on_a_cpu_is_refused_and_stays(
         pytest.skip("this machine has a GPU")
     run = Path(shutil.copytree(kept, tmp_path / "small"))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match="16-mixed, which PyTorch trains in only on a GPU"):
+    with pytest.raises(ConfigError, match="16-mixed, with which PyTorch trains only on a GPU"):
         resume(run, overrides=["trainer.precision=16-mixed"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -23,7 +23,8 @@ from segkit.io.safe_text import read_json_object
 from segkit.io.volume import read_volume, write_volume
 from segkit.training import trainer as trainer_module
 from segkit.training.changed_settings import APPLIED, REFUSED, is_one_of
-from segkit.training.fit import Run, resume, train
+from segkit.training.fit import Run, train
+from segkit.training.resume import resume
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
 

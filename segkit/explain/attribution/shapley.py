@@ -34,8 +34,8 @@ def coalitions(players: int, count: int, *, seed: int = 0) -> Coalitions:
     Args:
         players: the number of players, at least 1.
         count: the largest number of coalitions; at least twice the number of players, so that
-            every player is once alone and once missing.
-        seed: of the coalitions that are sampled.
+            there is a coalition of each single player, and one of all players but this one.
+        seed: seed of the coalitions that are sampled.
     """
     assert count >= min(2 * players, 2**players - 2), "too few coalitions to fit all players"
     weights: dict[bytes, float] = {}

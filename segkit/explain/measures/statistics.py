@@ -92,9 +92,9 @@ def near_structure(
     """The cells whose centre lies within a tolerance (mm) of the centre of a cell inside.
 
     Args:
-        inside: whether each cell lies in the structure.
+        inside: the cells in the structure.
         spacing: distance between cells along each axis, in mm.
-        tolerance_mm: the tolerance, in world coordinates.
+        tolerance_mm: the largest distance, in mm of the world.
         directions: unit vector along each axis; at right angles if None.
     """
     if not inside.any():
@@ -156,6 +156,10 @@ def saturation(values: CellValues, lowest: float, highest: float) -> tuple[float
     """The shares of cells at the lower and at the upper end of the map's range.
 
     NaN for an end that is infinite.
+
+    Args:
+        values: the map's values.
+        lowest, highest: the ends of the map's range.
     """
     low = np.mean(values <= lowest + NEAR_AN_END) if np.isfinite(lowest) else np.nan
     high = np.mean(values >= highest - NEAR_AN_END) if np.isfinite(highest) else np.nan
