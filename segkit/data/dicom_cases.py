@@ -220,9 +220,10 @@ def told_tree(tree: DicomTree) -> list[str]:
             for one in tree.series
             if (one.modality, one.description) == (modality, description)
         ]
+        few = "" if min(slices) == max(slices) else f"{min(slices)} to "
         lines.append(
             f"{count} series: {modality or 'no modality'}, {description or 'no description'}, "
-            f"{min(slices)} to {counted(max(slices), 'slice')}"
+            f"{few}{counted(max(slices), 'slice')}"
         )
     names = told_names(tree.structures)
     files = counted(len(tree.structures), "file")

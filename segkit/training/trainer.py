@@ -33,6 +33,7 @@ HARMLESS = (
     "The '.*_dataloader' does not have many workers",  # the user chooses data.workers
     ".isinstance\\(treespec, LeafSpec\\). is deprecated",  # Lightning's own call
     "GPU available but not used",  # the user chooses trainer.accelerator
+    "Be aware that when using .ckpt_path., callbacks used to create",  # settings were changed
     ".ModelCheckpoint.monitor=.validation/",  # a resumed run ends its last epoch again
 )
 """Warnings of Lightning that are hidden during training, each with the reason."""

@@ -229,7 +229,7 @@ def test_check_lists_the_series_and_structures_of_a_dicom_folder(
     code, out, err = run("check", cohort, capsys=capsys)
     assert (code, err) == (0, "")
     assert "6 DICOM series in 3 folders" in out
-    assert "3 series: CT, thorax, 6 to 6 slices" in out
+    assert "3 series: CT, thorax, 6 slices" in out
     assert "structure Body: in 2 of 2 files" in out and "structure gross mass: in 1 of 2" in out
 
 
