@@ -246,7 +246,9 @@ def _admitted(path: Path, rule: SeriesRule) -> list[Input]:
     chosen = [series for series in tree.series if rule.admits(series, path)]
     if not chosen and not tree.failures:
         listing = first_few([str(series) for series in tree.series], between="; ")
-        raise VolumeError(f"{path}: no DICOM series in it is {rule}; it holds {listing or 'none'}")
+        raise VolumeError(
+            f"{path}: no DICOM series in it is {rule}; it holds {listing or 'none'}; change --series"
+        )
     found = []
     for series in chosen:
         several = sum(other.folder == series.folder for other in chosen) > 1
