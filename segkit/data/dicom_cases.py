@@ -62,7 +62,7 @@ def list_dicom(folder: Path, dicom: DicomConfig) -> list[DicomCase]:
         if not found:
             raise DatasetError(
                 f"{folder}: no DICOM series in it is {rule_of(dicom.images[channel])} "
-                f"(data.dicom.images.{channel}); it holds {_told(tree.series)}"
+                f"(data.dicom.images.{channel}); it holds {_told(tree.series)}; change the rule"
             )
     labels = [
         file

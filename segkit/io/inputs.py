@@ -247,7 +247,8 @@ def _admitted(path: Path, rule: SeriesRule) -> list[Input]:
     if not chosen and not tree.failures:
         listing = first_few([str(series) for series in tree.series], between="; ")
         raise VolumeError(
-            f"{path}: no DICOM series in it is {rule}; it holds {listing or 'none'}; change --series"
+            f"{path}: no DICOM series in it is {rule}; it holds {listing or 'none'}; "
+            f"change --series"
         )
     found = []
     for series in chosen:
