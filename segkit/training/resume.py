@@ -57,6 +57,7 @@ from segkit.training.run_folder import (
     read_record,
 )
 from segkit.training.trainer import determinism_as_before, make_trainer, steps_between
+from segkit.training.unused_settings import refuse_unused
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +121,10 @@ def resume(
         if finished:
             _check_more_to_do(folder, config, begun, steps_done)
         source = str(folder / CONFIG)
-        check_changes(source, asked_changes(begun, config), steps_done)
+        wanted = list(asked_changes(begun, config))
+        check_changes(source, wanted, steps_done)
         names = _split_of_run(folder, record)
+        refuse_unused(source, wanted, config, held_out=names is None or bool(names["held_out"]))
         if drawn_again := checkpoint is None and split_is_edited(folder, config):
             logger.info("%s: nothing is trained yet; the split is drawn again", folder)
             names = None
