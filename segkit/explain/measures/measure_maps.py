@@ -169,7 +169,8 @@ def _measure(
     for name, mask in structures.items():
         within = cells.mean(mask.astype(np.float32)) >= HALF
         within &= counted
-        inside, near = within[counted], near_structure(within, grid.spacing, tolerance_mm)[counted]
+        near = near_structure(within, grid.spacing, tolerance_mm, grid.directions)[counted]
+        inside = within[counted]
         add("map", name, localisation(values, inside, near))
         for baseline, ranked in {**magnitude, **others}.items():
             add(baseline, name, localisation(ranked, inside, near))

@@ -210,7 +210,7 @@ def _reason(verdict: GateVerdict, of: Hypothesis) -> str:
 
 
 def _fall(lost: float) -> str:
-    """What happens to Dice, such as "falls by 0.020"."""
+    """The change of Dice in words, such as "falls by 0.020"."""
     return f"{'rises' if _rises(lost) else 'falls'} by {abs(lost):.3f}"
 
 
