@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from numpy.testing import assert_allclose
 
 from segkit.errors import DatasetError
+from segkit.planning.budget_fit import Steps
 from segkit.planning.nnunet_rules import (
     Intensities,
     Lengths,
@@ -19,7 +20,7 @@ from segkit.planning.nnunet_rules import (
     multiply_adds,
     widths,
 )
-from segkit.planning.plan import Plan, Steps, coarse_plan_for_time, plan_for_memory, plan_for_time
+from segkit.planning.plan import Plan, coarse_plan_for_time, plan_for_memory, plan_for_time
 
 Triple = tuple[float, float, float]
 HOUNSFIELD = Intensities(
