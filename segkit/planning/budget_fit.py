@@ -31,7 +31,8 @@ class Steps:
     """The patch is made smaller until this number of steps fits."""
 
 
-def voxels_in_words(numbers: Lengths) -> str:
+def per_axis(numbers: Lengths) -> str:
+    """A number for each axis in words, such as "64x64x32"."""
     return "x".join(f"{number:.4g}" for number in numbers)
 
 
@@ -59,10 +60,10 @@ def fit_memory(setting: Setting, gigabytes: float) -> Fit:
     patch = candidate.patch_size
     covered = setting.dataset_voxels * rules.LARGEST_SHARE / math.prod(patch)
     verb = "hold" if cost * rules.SMALLEST_BATCH <= budget else "should hold only"
-    shrunk = "" if candidate == first else f", reduced from {voxels_in_words(first.patch_size)}"
+    shrunk = "" if candidate == first else f", reduced from {per_axis(first.patch_size)}"
     reasons = {
-        "patch_size": f"The median image is {voxels_in_words(setting.median)}, padded to multiples of "
-        f"{voxels_in_words(candidate.divisor)}{shrunk}: {rules.SMALLEST_BATCH} patches have "
+        "patch_size": f"The median image is {per_axis(setting.median)}, padded to multiples of "
+        f"{per_axis(candidate.divisor)}{shrunk}: {rules.SMALLEST_BATCH} patches have "
         f"{rules.SMALLEST_BATCH * cost / 1e6:.4g} million activations, and {gigabytes:g} GB {verb} "
         f"{budget / 1e6:.4g} million.",
         "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches. A batch has at most "
@@ -117,7 +118,7 @@ def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> 
     budget = f"a step takes {needed / 1e9:.3g} billion multiply-adds"
     if needed > total / steps.for_patch:
         budget += ", which is more than the time allows, but there is no smaller plan"
-    patch = voxels_in_words(chosen.patch_size)
+    patch = per_axis(chosen.patch_size)
     reasons = dict(start.reasons)
     if channels != start.channels:
         reasons["channels"] = (
@@ -128,6 +129,6 @@ def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> 
             f"Reduced from {start.batch_size} to {batch}, which gives time for more steps."
         )
     if chosen != start.topology:
-        whole = voxels_in_words(start.topology.patch_size)
+        whole = per_axis(start.topology.patch_size)
         reasons["patch_size"] = f"Reduced from {whole} to {patch}, for more steps: {budget}."
     return Fit(chosen, channels, batch, {**reasons, "time": f"With this patch, {budget}."})

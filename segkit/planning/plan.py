@@ -14,7 +14,7 @@ import numpy as np
 from segkit.errors import DatasetError, counted
 from segkit.geometry.grid import ANISOTROPY, rounded_spacing, separate_axis
 from segkit.planning import nnunet_rules as rules
-from segkit.planning.budget_fit import Fit, Steps, fit_memory, fit_time, voxels_in_words
+from segkit.planning.budget_fit import Fit, Steps, fit_memory, fit_time, per_axis
 from segkit.planning.nnunet_rules import ChannelNormalisation, Numbers, Setting, Size
 
 
@@ -204,9 +204,7 @@ def _plan(
         low, why_low = _low_resolution(numbers, setting, fit_memory(setting), fit_memory, fit)
     pooled = spatial_dims == 2 or low is not None
     median = _median_spacing(numbers)
-    why_spacing = (
-        f"{voxels_in_words(median)} mm is the median of {counted(len(numbers.spacings), 'case')}"
-    )
+    why_spacing = f"{per_axis(median)} mm is the median of {counted(len(numbers.spacings), 'case')}"
     if spacing != median:
         why_spacing += (
             f"; {'xyz'[coarsest]} is over {ANISOTROPY:g} times coarser with under a third of the "
@@ -232,7 +230,7 @@ def _why_slices(numbers: Numbers, spacing: tuple[float, float, float]) -> str:
         return f"Every case has one voxel along {axis}."
     if axis_of_slices(numbers) != rules.coarsest_axis(spacing):
         return f"No axis has fewer voxels than {axis}."
-    return f"No axis is coarser than {axis} at {voxels_in_words(spacing)} mm."
+    return f"No axis is coarser than {axis} at {per_axis(spacing)} mm."
 
 
 def _low_resolution(
@@ -275,12 +273,12 @@ def _low_resolution(
         coarse = holds(setting)
     if coarse is fitted:
         return None, f"{seen}, and {rules.LEAST_COVERED:g} is enough."
-    enough = f"at {voxels_in_words(spacing)} mm it covers enough"
+    enough = f"at {per_axis(spacing)} mm it covers enough"
     if whole / voxels < 2:
         return None, f"{seen}; {enough}, but that would save less than half of the voxels."
     reasons = {
-        "spacing": f"{seen} at {voxels_in_words(full.spacing)} mm; {enough}.",
-        "slices": f"The same as at {voxels_in_words(full.spacing)} mm.",
+        "spacing": f"{seen} at {per_axis(full.spacing)} mm; {enough}.",
+        "slices": f"The same as at {per_axis(full.spacing)} mm.",
         "low_resolution": "This is the plan for low resolution.",
         "batch_dice": "A patch covers enough of an image, so Dice is computed for each patch.",
     }
