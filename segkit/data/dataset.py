@@ -402,12 +402,14 @@ def _miscounted(case: CaseFiles, dataset: Dataset, found: int) -> DatasetError:
 
 
 def _on_grid_of(case: CaseFiles, first: Volume, path: Path, volume: Volume) -> Volume:
+    """A volume of a case, with its axes in the order and the directions of the first image."""
     return volume.on(
         first.grid, _turned_onto(case, path, volume.grid, first.grid).turn(volume.data)
     )
 
 
 def _turned_onto(case: CaseFiles, path: Path, grid: Grid, first: Grid) -> Orientation:
+    """The orientation that turns a grid into the first image's. Raises DatasetError."""
     try:
         return turn_onto(grid, first, what=f"{path}:", whose=case.images[0].name)
     except VolumeError as error:

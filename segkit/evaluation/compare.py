@@ -262,6 +262,7 @@ def _classes(
 def _table(
     scores: ScoresOfCases, names: Sequence[str], classes: Sequence[str], metric: str
 ) -> Float64[ndarray, "cases classes"]:
+    """The scores of a metric as an array (case, class); NaN if a score is missing."""
     nan: Mapping[str, float] = {}
     return np.array(
         [[scores[case].get(name, nan).get(metric, np.nan) for name in classes] for case in names]
@@ -286,6 +287,17 @@ def _difference(
     num_resamples: int,
     seed: int,
 ) -> Difference:
+    """The difference of a metric for one class; `p_holm` is still NaN.
+
+    Args:
+        name: name of the class.
+        metric: name of the metric.
+        one, other: score of each case in A and in B; NaN if it is undefined.
+        groups: the stratum of each case, as a number.
+        smaller_is_better: whether a smaller score is better.
+        num_resamples: number of bootstrap resamples.
+        seed: seed of all random numbers.
+    """
     defined_a, defined_b = ~np.isnan(one), ~np.isnan(other)
     both = defined_a & defined_b
     change = (other - one)[both]

@@ -398,6 +398,16 @@ def _score_pair(
     tolerance_mm: float,
     rules: PictureRules,
 ) -> list[CaseScores]:
+    """Scores of each class or region of one case. Raises VolumeError.
+
+    Args:
+        case: name of the case.
+        prediction_path: the prediction; None for an empty one.
+        reference_path: the reference.
+        labelling: the classes or regions.
+        tolerance_mm: tolerance of the normalised surface Dice.
+        rules: how pictures are read.
+    """
     prediction, reference = _read_pair(prediction_path, reference_path, rules)
     grid = reference.grid
     shape: tuple[int, ...] = grid.shape

@@ -200,6 +200,7 @@ def _score_class(
     tolerance_mm: float,
     unit: Unit,
 ) -> CaseScores:
+    """Scores of one class, from its masks. The arguments are those of `score_case`."""
     distances = surface_distances(prediction_mask, reference_mask, spacing, directions)
     tp = int(np.count_nonzero(prediction_mask & reference_mask))
     fp = int(np.count_nonzero(prediction_mask)) - tp

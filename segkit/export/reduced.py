@@ -1,8 +1,8 @@
 """ONNX in float16 or int8, and OpenVINO in float16: smaller files, and how well they predict.
 
-int8 is ONNX Runtime's static quantisation (https://onnxruntime.ai, "Quantize ONNX models"): kernels
-over more than one voxel have one scale per output channel, and the range of the features before
-them is measured on windows of real scans. Gates, heads and normalisation stay in float32.
+int8 is ONNX Runtime's static quantisation (https://onnxruntime.ai, "Quantize ONNX models"). Kernels
+over more than one voxel have one scale per output channel. The range of the features before them
+is measured on windows of real scans. Gates, heads and normalisation stay in float32.
 """
 
 import math

@@ -57,6 +57,7 @@ def sample_axis(
 
 
 def _sampled(values: Tensor, positions: ndarray, axis: int, order: Order) -> Tensor:
+    """The result of `sample_axis`, for values whose axes have the order of memory."""
     if order == 0:
         positions = nearest(positions)
     size = values.shape[axis]

@@ -388,10 +388,15 @@ class Predictor:
         expected = self.model.description.channels
         found = volume.data.shape[3] if volume.data.ndim == 4 else 1
         if found != len(expected):
+            advice = (
+                "use the channels of the training data"
+                if found > len(expected)
+                else "stack the channels in one volume, name their files CASE_0000, CASE_0001 and "
+                "so on, or pass a YAML file or a table that names the file of each channel"
+            )
             raise ModelError(
                 f"the model expects {counted(len(expected), 'channel')} ({', '.join(expected)}), "
-                f"found "
-                f"{found} in the volume; use the channels of the training data"
+                f"found {found} in the volume; {advice}"
             )
         if trouble := value_problem(volume.data):
             raise VolumeError(f"the volume {trouble}")

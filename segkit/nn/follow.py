@@ -138,6 +138,7 @@ def _kept(
 def _argument(
     args: Sequence[Any], named: Mapping[str, Any], place: int, name: str, default: Any
 ) -> Any:
+    """An argument of a call, by its position or its name; the default if it is not given."""
     value = named.get(name, args[place] if place < len(args) else default)
     return default if value is None else value
 

@@ -291,6 +291,15 @@ def _concatenations(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 def _concatenated(
     name: str, both: Tensor, signal: Tensor, upsampled: int, follower: Follower
 ) -> FoundJoin:
+    """The join of nnU-Net's form, from a call of its convolutions.
+
+    Args:
+        name: name of the convolutions.
+        both: their input: the upsampled features and then the skip.
+        signal: the input of the transposed convolution.
+        upsampled: number of channels of the upsampled features.
+        follower: knows the positions of features.
+    """
     followed = follower.of(both)
     return FoundJoin(
         name,
@@ -310,6 +319,7 @@ def _with_before(join: FoundJoin, before: str) -> FoundJoin:
 def _connected(
     name: str, args: tuple[Any, ...], output: Any, follower: Follower
 ) -> FoundJoin | None:
+    """The join of a `SkipConnection`, from its call; None if it does not concatenate."""
     skip = args[0]
     if not isinstance(output, Tensor) or output.shape[2:] != skip.shape[2:]:
         return None
@@ -331,6 +341,7 @@ def _called(
     follower: Follower,
     ndim: int,
 ) -> FoundJoin | None:
+    """The join of a module that is called with coarse features and a skip, or None."""
     try:
         bound = inspect.signature(module.forward).bind(*args, **named).arguments
     except (TypeError, ValueError):  # a module without a signature cannot be a join

@@ -191,6 +191,14 @@ def _plan(
     fit: Callable[[Setting], Fit],
     fit_memory: Callable[[Setting], Fit],
 ) -> Plan:
+    """The plan for a budget.
+
+    Args:
+        numbers: measurements of the dataset.
+        spatial_dims: 2 or 3.
+        fit: makes patch, network and batch within the budget.
+        fit_memory: makes them by the memory only; its patch decides about two stages.
+    """
     if spatial_dims == 3 and (flat := flat_axes(numbers)):
         raise DatasetError(
             f"expected volumes for a plan of 3 dimensions, found one voxel along "
@@ -295,6 +303,7 @@ def _assembled(
     low_resolution: Plan | None,
     reasons: dict[str, str],
 ) -> Plan:
+    """The plan, with the remaining values and their reasons."""
     chosen = fitted.topology
     current = _median_spacing(numbers)
     # Along an axis of one voxel, as in pictures, a spacing means nothing.

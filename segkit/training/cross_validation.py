@@ -249,6 +249,15 @@ def _go_on(
     callbacks: Sequence[Callback],
     track: Track,
 ) -> CrossValidation:
+    """Train the folds that are missing, and pool all folds if none is missing afterwards.
+
+    Args:
+        folder: the folder of the cross-validation.
+        record: its folds and its config.
+        say: receives a line of text before each fold.
+        callbacks: Lightning callbacks that are called during each training.
+        track: shows the progress over cases.
+    """
     with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
         (folder / SUMMARY).unlink(missing_ok=True)  # it is out of date once a fold is trained
         known = _record_of(folder).folds if (folder / FOLDS).is_file() else []

@@ -21,6 +21,7 @@ from segkit.training.changed_settings import (
     is_one_of,
 )
 from segkit.training.run_folder import checkpoint_of, read_record
+from segkit.training.unused_settings import refuse_unused
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ def check_new_settings(
         return
     done = [read_record(run)[1] for run in trained.values()]
     check_changes(source, found, max(done, default=0))
+    refuse_unused(source, found, after, held_out=True)
     others = [each for each in found if not is_one_of(each[0], SHOWN | OF_THE_MACHINE)]
     if not others or not finished:
         return
