@@ -292,7 +292,7 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
     parts: list[Volume] = []
     for path in case.images:
         part = read_volume(path, rules=dataset.rules, working=BYTES_OF_IMAGE)
-        part = part.sized_as(parts[0]) if parts else part
+        part = part.measured_as(parts[0]) if parts else part
         if dataset.nan == "background":
             part = part.like(nan_as_zero(part.data))
         parts.append(_on_grid_of(case, parts[0] if parts else part, path, part))
@@ -302,7 +302,7 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
     if data.shape[3] != len(dataset.channels):
         raise _miscounted(case, dataset, data.shape[3])
     _check_unit(case, parts[0], dataset)
-    label = _on_grid_of(case, parts[0], case.label, label.sized_as(parts[0]))
+    label = _on_grid_of(case, parts[0], case.label, label.measured_as(parts[0]))
     return parts[0].like(data), label.like(_checked_label(case, label, dataset))
 
 

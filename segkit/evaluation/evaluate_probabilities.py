@@ -48,7 +48,11 @@ def calibrate_pairs(
     for name, prediction, reference_path in track(pairs, "calibration", len(pairs)):
         path, reference = find_probabilities(prediction), read_labels(reference_path, rules=rules)
         found = read_volume(path, rules=rules if is_picture(path) else AS_IT_SAYS)
-        found = found.onto(reference.grid, what=f"{path}:", whose=str(reference_path))
+        # Only one of two pictures may state the pixel size that both have.
+        reference = reference.sized_as(found)
+        found = found.sized_as(reference).onto(
+            reference.grid, what=f"{path}:", whose=str(reference_path)
+        )
         data = found.data if found.data.ndim > reference.data.ndim else found.data[..., None]
         try:
             calibration.add(name, data, within(reference.data, labelling), unlabelled.get(name, ()))

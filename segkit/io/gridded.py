@@ -46,6 +46,15 @@ class Volume:
 
     def sized_as(self, other: "Volume") -> "Volume":
         """The same volume; it takes the pixel size of another picture if only that is known."""
+        known = other.picture is not None and other.picture.sized
+        return self.measured_as(other) if known else self
+
+    def measured_as(self, other: "Volume") -> "Volume":
+        """The same volume, measured as another picture: both in pixels, or both in mm.
+
+        If only the other has a pixel size, the volume takes it. If only this volume has one, it is
+        dropped. Programs write a resolution into labels that their images do not have.
+        """
         grid, facts = with_size_of(self.grid, self.picture, other.grid, other.picture)
         return replace(self, grid=grid, picture=facts)
 

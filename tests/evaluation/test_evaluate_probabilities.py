@@ -3,8 +3,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from segkit import ConfigError, Grid, Predictor, Volume, VolumeError, evaluate, write_volume
+from segkit import (
+    ConfigError,
+    Grid,
+    Predictor,
+    Volume,
+    VolumeError,
+    evaluate,
+    read_volume,
+    write_volume,
+)
 from segkit.config.network import NetworkConfig
 from segkit.evaluation.calibration import Calibration
 from tests.cli.command import run
@@ -103,3 +113,23 @@ def test_probabilities_that_a_model_writes_can_be_evaluated(tmp_path: Path) -> N
     assert scores.calibration is not None
     largest = scores.calibration.largest
     assert largest.voxels == 12 * 10 * 8 and largest.right.sum() >= 0.99 * largest.voxels
+
+
+@pytest.mark.parametrize("sized", ["predictions", "references"])
+def test_only_one_of_two_pictures_needs_a_pixel_size(tmp_path: Path, sized: str) -> None:
+    probability = np.linspace(0.05, 0.95, 30, dtype=np.float32).reshape(5, 6)
+    label = (probability > 0.5).astype(np.uint8)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "cell": 1}}))
+    for folder in ("predictions", "references"):
+        (tmp_path / folder).mkdir()
+        dpi = {"dpi": (25400, 25400)} if folder == sized else {}
+        Image.fromarray(label).save(tmp_path / folder / "a.png", **dpi)
+    image = read_volume(tmp_path / "predictions" / "a.png")
+    both = np.stack([1 - probability, probability], axis=-1).transpose(1, 0, 2)[:, :, None]
+    write_volume(tmp_path / "predictions" / "a_prob.tif", image.like(both))
+    scores = evaluate(tmp_path / "predictions", tmp_path / "references", probabilities=True)
+    assert scores.calibration is not None
+    expected = Calibration({"background": (0,), "cell": (1,)}, are_regions=False)
+    expected.add("a", both, label.T[..., None])
+    assert scores.calibration.to_json({}) == expected.to_json({})
+    assert scores.cases[0].metrics["dice"] == 1

@@ -297,6 +297,15 @@ def test_a_label_without_a_pixel_size_takes_that_of_its_image(tmp_path: Path) ->
     assert label.unit == "µm"
 
 
+def test_a_pixel_size_that_only_the_label_has_does_not_count(tmp_path: Path) -> None:
+    image = read_volume(save(tmp_path / "a.png", GREY))
+    label = read_labels(save(tmp_path / "b.png", GREY, dpi=(300, 300)))
+    assert label.unit == "µm" and label.measured_as(image).unit == "pixel"
+    assert_allclose(label.measured_as(image).grid.affine, image.grid.affine, atol=1e-12)
+    assert label.sized_as(image) is label  # in scores, the known size counts
+    assert_allclose(image.sized_as(label).grid.affine, label.grid.affine)
+
+
 def test_lengths_in_settings_name_their_unit() -> None:
     lengths = ("4 nm", "0.5 µm", "0.5um", "1e-3 mm", "2 cm")
     assert [length_mm(text) for text in lengths] == pytest.approx([4e-6, 5e-4, 5e-4, 1e-3, 20])
