@@ -21,7 +21,7 @@ from segkit.data.dicom_cases import check_structures, list_dicom_files, structur
 from segkit.data.file_patterns import list_files
 from segkit.data.label_numbers import declared, within
 from segkit.data.partly_labelled_cases import unlabelled_of
-from segkit.errors import DatasetError, Problems, VolumeError, first_few
+from segkit.errors import DatasetError, Problems, VolumeError, counted, first_few
 from segkit.geometry.grid import Grid, Orientation
 from segkit.io.file_names import safe_name, tell_changed_names
 from segkit.io.nan_values import nan_as_zero
@@ -223,7 +223,9 @@ def dataset_of(data: DatasetConfig, *, with_test: bool = False) -> Dataset:
     dataset = replace(dataset, unlabelled=unlabelled, nan=data.nan)
     if not kept or with_test:
         return dataset
-    logger.info("%s: %d cases are kept for a test and not used", data.folder, len(kept))
+    verb = "is" if len(kept) == 1 else "are"
+    told = (data.folder, counted(len(kept), "case"), verb)
+    logger.info("%s: %s %s kept for a test and not used", *told)
     left = tuple(case for case in dataset.cases if case.name not in kept)
     return replace(dataset, cases=left, test=tuple(sorted(kept)))
 

@@ -192,8 +192,8 @@ def gate(
             segmentation_models_pytorch, nnU-Net's PlainConvUNet or ResidualEncoderUNet, or another
             with joins of these forms.
         image: an input; the network runs once. Its sizes are multiples of the network's strides.
-        skips: names of the modules where skips join (`named_modules`); if None, all but that of the
-            finest level, as in the paper (or the only one).
+        skips: names of the modules where skips join (`named_modules`); if None, all but those of
+            the finest level, as in the paper (or all if there is no other level).
         placements: where features of skips lie, in voxels of the input, by the name of the join;
             only for those that cannot be followed through the layers.
 
@@ -217,7 +217,8 @@ def gate(
             "is called with coarse features and a skip, MONAI's SkipConnection (by "
             "concatenation), or a decoder with the lists transpconvs and stages, as in nnU-Net"
         )
-    wanted = names[1:] or names if skips is None else list(skips)
+    coarser = [join.module for join in joins if join.cells != joins[0].cells]
+    wanted = (coarser or names) if skips is None else list(skips)
     if unknown := sorted(set(wanted) - set(names)):
         raise ModelError(
             f"skips: expected names of skip connections ({', '.join(names)}), found "
