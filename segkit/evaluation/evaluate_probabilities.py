@@ -1,5 +1,6 @@
 """`segkit evaluate --probabilities`: compare predicted probabilities with references."""
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -9,7 +10,16 @@ from segkit.data.label_numbers import within
 from segkit.errors import ConfigError, VolumeError
 from segkit.evaluation.calibration import Calibration
 from segkit.io.picture_rules import PictureRules
-from segkit.io.volume import AS_IT_SAYS, SUFFIXES, is_picture, read_labels, read_volume, stem_of
+from segkit.io.volume import (
+    AS_IT_SAYS,
+    SUFFIXES,
+    is_picture,
+    numbers_suffix,
+    read_labels,
+    read_volume,
+    stem_of,
+    suffix_of,
+)
 from segkit.system.progress import Track, untracked
 
 
@@ -64,16 +74,22 @@ def calibrate_pairs(
 def find_probabilities(prediction: Path) -> Path:
     """The file of probabilities beside a prediction, such as `a_prob.nii.gz` for `a_seg.nii.gz`.
 
+    In BIDS derivatives it is `…_probseg.nii.gz` for `…_dseg.nii.gz`.
+
     Raises:
         VolumeError: if there is none.
     """
     whole = stem_of(prediction)
     stem = whole.removesuffix("_seg")
-    for name in dict.fromkeys((whole, stem)):
-        for suffix in SUFFIXES:
-            path = prediction.with_name(f"{name}_prob{suffix}")
-            if path.is_file():
-                return path
+    names = [f"{whole}_prob", f"{stem}_prob"]
+    if whole.endswith("_dseg"):
+        names.append(f"{whole.removesuffix('_dseg')}_probseg")
+    # The prediction's own suffix may be in upper case.
+    suffixes = (numbers_suffix(suffix_of(prediction)), *SUFFIXES)
+    for name, suffix in itertools.product(dict.fromkeys(names), dict.fromkeys(suffixes)):
+        path = prediction.with_name(f"{name}{suffix}")
+        if path.is_file():
+            return path
     raise VolumeError(
         f"{prediction}: expected a file {stem}_prob beside it, found none; predict with "
         f"--probabilities, or evaluate without"

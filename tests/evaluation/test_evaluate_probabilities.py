@@ -17,6 +17,7 @@ from segkit import (
 )
 from segkit.config.network import NetworkConfig
 from segkit.evaluation.calibration import Calibration
+from segkit.evaluation.evaluate_probabilities import find_probabilities
 from tests.cli.command import run
 from tests.evaluation.test_calibration import drawn
 from tests.models import noise_volume, random_model
@@ -94,6 +95,23 @@ def test_missing_probabilities_and_those_of_other_classes_are_refused(tmp_path: 
     (references.parent / "dataset.json").unlink()
     with pytest.raises(ConfigError, match="probabilities need the names of the labels"):
         evaluate(predictions, references, probabilities=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "probabilities"),
+    [
+        ("a_seg.nii.gz", "a_prob.nii.gz"),
+        ("a.nii.gz", "a_prob.mha"),
+        ("A.NII.GZ", "A_prob.NII.GZ"),
+        ("a_seg.PNG", "a_prob.tif"),
+        ("sub-01_desc-segkit_dseg.nii.gz", "sub-01_desc-segkit_probseg.nii.gz"),
+    ],
+)
+def test_probabilities_are_found_by_the_names_that_segkit_gives_them(
+    tmp_path: Path, labels: str, probabilities: str
+) -> None:
+    (tmp_path / probabilities).write_bytes(b"")
+    assert find_probabilities(tmp_path / labels) == tmp_path / probabilities
 
 
 def test_probabilities_that_a_model_writes_can_be_evaluated(tmp_path: Path) -> None:
