@@ -2,10 +2,10 @@
 
     python -m benchmarks.gallery docs/pictures
 
-Takes about a minute. The gates are some of those in benchmarks/verdicts.py, in 2D. For each gate
-the script segments scans and applies the rule of docs/verdicts.md. It writes `gallery_NAME.png`
-with a channel of the first scan, the structure and the gate's map. `gallery.json` gets each verdict
-and its sentence.
+Takes about a minute. The gates are some of those in benchmarks/planted_gallery.py, in 2D. For each
+gate the script segments scans and applies the rule of docs/verdicts.md. It writes
+`gallery_NAME.png` with a channel of the first scan, the structure and the gate's map.
+`gallery.json` gets each verdict and its sentence.
 """
 
 import argparse
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from benchmarks.verdicts import GALLERY, SHAPES, Planted, evidence_of, predictor_of
+from benchmarks.planted_gallery import GALLERY, predictor_of
+from benchmarks.planted_gates import SHAPES, Planted
+from benchmarks.verdicts import evidence_of
 from segkit.explain.verdicts.rule import judge_evidence
 from segkit.geometry.grid import Grid
 from segkit.io.atomic import write_json

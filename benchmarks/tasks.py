@@ -32,12 +32,13 @@ from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
 from segkit.model.file_names import CONFIG, SUMMARY
 from segkit.model.folder import load_model
-from segkit.planning.make_plan import plan_candidates
+from segkit.planning.candidates import plan_candidates
 from segkit.racing import plan_by_race
 from segkit.system.allocator import keep_freed_memory
 from segkit.system.progress import Tracker
 from segkit.training.final_scores import score
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
+from segkit.training.resume import resume
 from segkit.training.split import Split, split
 
 TABLE = Path(__file__).with_suffix(".json")

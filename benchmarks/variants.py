@@ -34,7 +34,8 @@ from segkit.io.safe_text import read_json_object
 from segkit.model.file_names import CONFIG, SUMMARY
 from segkit.system.allocator import keep_freed_memory
 from segkit.system.progress import Tracker
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
+from segkit.training.resume import resume
 
 TABLE = Path(__file__).with_suffix(".json")
 DEFAULT = "default"

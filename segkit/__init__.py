@@ -15,7 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from segkit.checking import Understood, check
+    from segkit.checking.check import check
+    from segkit.checking.understood import Understood
     from segkit.config.load import load_config
     from segkit.config.model import ModelDescription
     from segkit.config.training import Config
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
         relative_input_stability,
         relative_output_stability,
     )
-    from segkit.explain.explain_scan import Explanation, explain_volume
+    from segkit.explain.explain_scan import explain_volume
+    from segkit.explain.explanation import Explanation
     from segkit.explain.verdicts.identity import AttentionStudy, BlockVerdict, judge_attention
     from segkit.explain.verdicts.judge import judge_gates
     from segkit.explain.verdicts.rule import GateVerdict
@@ -65,9 +67,10 @@ if TYPE_CHECKING:
     from segkit.nn.foreign_maps import record
     from segkit.planning.make_plan import Planned, plan_dataset
     from segkit.training.cross_validation import CrossValidation, cross_validate
-    from segkit.training.fit import Run, fit, resume, train
+    from segkit.training.fit import Run, fit, train
     from segkit.training.parts import TrainingParts, prepare
     from segkit.training.pool import pool
+    from segkit.training.resume import resume
 
 __all__ = [
     "AttentionMap",
@@ -150,7 +153,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "segkit.checking": ("Understood", "check"),
+    "segkit.checking.check": ("check",),
+    "segkit.checking.understood": ("Understood",),
     "segkit.config.model": ("ModelDescription",),
     "segkit.config.training": ("Config",),
     "segkit.config.load": ("load_config",),
@@ -180,7 +184,8 @@ _HOMES = {
         "relative_input_stability",
         "relative_output_stability",
     ),
-    "segkit.explain.explain_scan": ("Explanation", "explain_volume"),
+    "segkit.explain.explain_scan": ("explain_volume",),
+    "segkit.explain.explanation": ("Explanation",),
     "segkit.explain.verdicts.identity": ("AttentionStudy", "BlockVerdict", "judge_attention"),
     "segkit.explain.verdicts.judge": ("judge_gates",),
     "segkit.explain.verdicts.rule": ("GateVerdict",),
@@ -201,9 +206,10 @@ _HOMES = {
     "segkit.nn.foreign_gates": ("gate",),
     "segkit.nn.foreign_maps": ("record",),
     "segkit.planning.make_plan": ("Planned", "plan_dataset"),
-    "segkit.training.fit": ("Run", "fit", "resume", "train"),
+    "segkit.training.fit": ("Run", "fit", "train"),
     "segkit.training.parts": ("TrainingParts", "prepare"),
     "segkit.training.pool": ("pool",),
+    "segkit.training.resume": ("resume",),
     "segkit.io.pictures": ("label_colour", "write_montage"),
     "segkit.io.volume": ("Volume", "read_labels", "read_volume", "write_volume"),
 }

@@ -38,10 +38,21 @@ MOST_SENTENCES = 5
 
 
 class SegkitError(Exception):
-    """A user's mistake, in one sentence that says what was expected, what was found, what to do.
+    """A mistake of a user. Its one sentence names the fault, the right value and the way out.
 
     The sentence may quote an untrusted file. So control characters are escaped (`printable`), and
-    the middle of a very long sentence is left out (`abridged`).
+    the middle of a very long sentence is left out (`abridged`). All other errors of segkit are
+    subclasses.
+
+    Args:
+        sentence: the text of the error.
+
+    Example:
+        >>> try:
+        ...     scan = segkit.read_volume("scan.nii.gz")
+        ... except segkit.SegkitError as error:
+        ...     print(error)
+        scan.nii.gz: no such file; check the path
     """
 
     problems: tuple[str, ...] = ()
@@ -152,27 +163,81 @@ class Problems:
 
 
 class ConfigError(SegkitError):
-    """A setting is unknown, of the wrong type, or contradicts another."""
+    """A setting is unknown, of the wrong type, or contradicts another.
+
+    Example:
+        >>> text = "data: {folder: my_dataset, patch_size: [64, 64, 64]}"
+        >>> num_bytes = Path("my_dataset.yaml").write_text(text)
+        >>> try:
+        ...     config = segkit.load_config("my_dataset.yaml", ["train.stepps=500"])
+        ... except segkit.ConfigError as error:
+        ...     print(error)
+        my_dataset.yaml: train.stepps is not a setting (did you mean steps?)
+    """
 
 
 class VolumeError(SegkitError):
-    """A file is missing, unreadable, or not the volume that was expected."""
+    """A file is missing, unreadable, or not the volume that was expected.
+
+    Example:
+        >>> grid = segkit.Grid((2, 2, 2), np.eye(4))
+        >>> fractions = segkit.Volume(np.full(grid.shape, 0.5), grid)
+        >>> segkit.write_volume("labels.nii.gz", fractions)
+        >>> try:
+        ...     labels = segkit.read_labels("labels.nii.gz")
+        ... except segkit.VolumeError as error:
+        ...     print(error)
+        labels.nii.gz: expected whole numbers, one per voxel, as labels, found 0.5; ...
+    """
 
 
 class DatasetError(SegkitError):
-    """The parts of a dataset folder do not fit together."""
+    """The parts of a dataset folder do not fit together.
+
+    Example:
+        >>> Path("my_dataset").mkdir()
+        >>> try:
+        ...     planned = segkit.plan_dataset("my_dataset")
+        ... except segkit.DatasetError as error:
+        ...     print(error)
+        my_dataset: expected a dataset.json in it, found none; add one, or ...
+    """
 
 
 class ModelError(SegkitError):
-    """A model folder is missing, incomplete, or does not fit the input."""
+    """A model folder is missing, incomplete, or does not fit the input.
+
+    Example:
+        >>> try:
+        ...     model = segkit.load_model("runs/mine")
+        ... except segkit.ModelError as error:
+        ...     print(error)
+        runs/mine: expected a run or a model folder with model.json, found neither; ...
+    """
 
 
 class TrainingError(SegkitError):
-    """Training failed, for example because the loss became NaN."""
+    """Training failed: the loss is NaN or infinite, or the device's memory is too small.
+
+    Example:
+        >>> config = segkit.load_config("my_dataset.yaml", ["train.learning_rate=1e30"])
+        >>> try:
+        ...     run = segkit.train(config)
+        ... except segkit.TrainingError as error:
+        ...     print(error)
+        the loss of step ... is nan, with patches of ...; check these images, ...
+    """
 
 
 class WorkerError(SegkitError):
-    """A worker process was killed."""
+    """A process that reads cases or loads patches was killed.
+
+    Example:
+        >>> try:
+        ...     planned = segkit.plan_dataset("my_dataset")
+        ... except segkit.WorkerError as error:
+        ...     print(error)  # the cases that were measured are kept: run it again
+    """
 
 
 class Stopped(BaseException):
@@ -189,7 +254,7 @@ class Stopped(BaseException):
 
 
 def sentence_of(error: OSError) -> str:
-    """One line: the file, the operating system's reason, and what to do.
+    """One line: the file, the operating system's reason, and advice.
 
     An error from a worker process has a traceback as its text. Only its last line is used.
     """

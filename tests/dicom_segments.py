@@ -11,7 +11,7 @@ from pydicom import dcmread
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
-from segkit.io.dicom import choose_series
+from segkit.io.dicom_listing import choose_series
 
 
 def write_segments(

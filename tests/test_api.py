@@ -1,6 +1,7 @@
 """`import segkit`: few names, each documented, and nothing loaded before it is asked for."""
 
 import ast
+import doctest
 import inspect
 import pkgutil
 import subprocess
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
 
 import segkit
 from segkit.errors import SegkitError
 from segkit.nn.map_tap import MapInfo
+from tests.small import small_config, small_dataset
 
 # Whoever adds a name adds it here, and to docs/reference.py, which sorts them for readers.
 PUBLIC = [
@@ -168,6 +172,63 @@ def test_a_public_function_has_types_and_names_its_errors(name: str) -> None:
     for parameter in signature.parameters.values():
         assert parameter.annotation is not inspect.Parameter.empty, parameter
     assert "Raises" in thing.__doc__
+
+
+def check_session(name: str) -> None:
+    """Run the session in a docstring, in the working directory."""
+    known = {"np": np, "torch": torch, "Path": Path, "segkit": segkit}
+    known |= {each: getattr(segkit, each) for each in PUBLIC}
+    text = inspect.cleandoc(getattr(segkit, name).__doc__)
+    session = doctest.DocTestParser().get_doctest(text, known, name, None, None)
+    assert session.examples
+    said: list[str] = []
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+    assert runner.run(session, out=said.append).failed == 0, "".join(said)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ConfigError",
+        "DatasetError",
+        "Grid",
+        "ModelError",
+        "Placement",
+        "SegkitError",
+        "VolumeError",
+        "WholeVolume",
+        "label_colour",
+    ],
+)
+def test_an_example_that_needs_no_data_prints_the_results_that_it_shows(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_session(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TrainingError", "WorkerError", "load_config"])
+def test_an_example_that_needs_a_dataset_prints_the_results_that_it_shows(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = small_config(small_dataset(Path("my_dataset"), num_cases=2))
+    Path("my_dataset.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    check_session(name)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_path_may_be_given_as_text(name: str) -> None:
+    thing = getattr(segkit, name)
+    methods = vars(thing).values() if inspect.isclass(thing) else [thing]
+    for function in methods:
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        if not inspect.isfunction(function) or function.__name__.startswith("_"):
+            continue
+        for parameter in inspect.signature(function).parameters.values():
+            kinds = str(parameter.annotation)
+            assert "Path" not in kinds or "str" in kinds, (function.__name__, parameter)
 
 
 def test_every_error_is_one_family() -> None:

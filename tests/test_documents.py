@@ -68,8 +68,8 @@ def here(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """A copy of it, to work in, on a machine so fast that plans are in one stage and none races."""
     shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("segkit.planning.make_plan.multiply_adds_per_second", lambda *_: 1e11)
-    monkeypatch.setattr("segkit.planning.make_plan.seconds_of_step", lambda *_, **__: 1.0)
+    monkeypatch.setattr("segkit.planning.planning_task.multiply_adds_per_second", lambda *_: 1e11)
+    monkeypatch.setattr("segkit.planning.planned_seconds.seconds_of_step", lambda *_, **__: 1.0)
     monkeypatch.setattr("segkit.racing.SHARE", 0.0)
     return tmp_path
 

@@ -141,6 +141,7 @@ def test_processes_end_with_the_one_that_began_them_even_where_it_is_killed() ->
     assert survivors_of(begun.pid) == ()
 
 
+@pytest.mark.slow
 def test_many_scans_leave_nothing_behind(bench: Bench) -> None:
     load = measure("predict", bench.model, 120)
     assert load.slope < 20  # MB: so few tell only a large leak; the allocator alone gave 5.3 once

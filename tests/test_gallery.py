@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gallery import SHOWN, judged_once
-from benchmarks.verdicts import GALLERY
+from benchmarks.planted_gallery import GALLERY
 from tests.conftest import ROOT
 
 PICTURES = ROOT / "docs" / "pictures"

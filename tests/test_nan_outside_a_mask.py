@@ -12,7 +12,7 @@ from numpy import ndarray
 from numpy.testing import assert_array_equal
 
 import segkit
-from segkit.checking import check_dataset
+from segkit.checking.check_dataset import check_dataset
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.network import NetworkConfig
 from segkit.config.training import Config
@@ -22,8 +22,8 @@ from segkit.explain.explain_scan import explain_volume
 from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor
 from segkit.io.inputs import find_inputs
-from segkit.io.nan_values import nan_as_zero
-from segkit.io.volume import Volume, read_volume, value_problem, write_volume
+from segkit.io.nan_values import nan_as_zero, value_problem
+from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.folder import Model, load_model, save_model
 from segkit.planning.make_plan import plan_dataset
 from segkit.system.progress import untracked

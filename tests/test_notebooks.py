@@ -12,7 +12,9 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for pa
 each_notebook_that_is_run = pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * path.stem.startswith("3"))
+        pytest.param(
+            path, id=path.stem, marks=[pytest.mark.slow] * path.stem.startswith(("1", "3"))
+        )
         for path in NOTEBOOKS
     ],
 )

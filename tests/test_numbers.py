@@ -17,6 +17,7 @@ from segkit.errors import ModelError, TrainingError
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import read_volume, write_volume
 from segkit.model.folder import load_model
+from segkit.training import final_scores
 from segkit.training import fit as training
 from segkit.training.split import split
 from tests.small import small_config, small_dataset, trained_run
@@ -138,7 +139,7 @@ def test_an_undefined_dice_is_called_so(
         nan = float("nan")
         return {"cases": 1, "dice": {"ball": nan}, "mean_dice": nan, "dice_of_cases": {}}
 
-    monkeypatch.setattr(training, "score", nothing_found)
+    monkeypatch.setattr(final_scores, "score", nothing_found)
     data = small_dataset(tmp_path / "data")
     (tmp_path / "c.yaml").write_text(dump_yaml(small_config(data)))
     monkeypatch.setattr(sys, "argv", ["segkit", "train", str(tmp_path / "c.yaml")])

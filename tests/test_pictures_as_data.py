@@ -10,7 +10,7 @@ import yaml
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.config.load import dataset_in
 from segkit.config.network import NetworkConfig
 from segkit.config.pictures import PicturesConfig

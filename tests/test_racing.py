@@ -8,8 +8,8 @@ import pytest
 from segkit import racing
 from segkit.config.load import load_config
 from segkit.data.dataset import read_dataset
-from segkit.planning import make_plan as planning
-from segkit.planning.make_plan import plan_candidates
+from segkit.planning import planned_seconds, planning_task
+from segkit.planning.candidates import plan_candidates
 from segkit.racing import (
     Entry,
     affordable_candidates,
@@ -17,6 +17,7 @@ from segkit.racing import (
     dice_in_common,
     plan_by_race,
     shortened_for_race,
+    shortest_training,
     shortest_trainings,
     table,
 )
@@ -31,7 +32,28 @@ def test_each_round_trains_the_better_half_twice_as_long() -> None:
 
 @pytest.mark.parametrize(("minutes", "count"), [(4, 1), (10, 2), (60, 4)])
 def test_as_many_start_as_there_is_time_for(minutes: float, count: int) -> None:
-    assert len(affordable_candidates(["a", "b", "c", "d"], racing.SHARE * 60 * minutes)) == count
+    needed = dict.fromkeys("abcd", racing.SHORTEST)
+    assert len(affordable_candidates(needed, racing.SHARE * 60 * minutes)) == count
+
+
+def test_a_plan_races_only_if_it_has_time_for_enough_steps() -> None:
+    assert affordable_candidates({"3D": 30, "2D": 30}, 90) == ["3D", "2D"]
+    assert affordable_candidates({"3D": 46, "2D": 30}, 90) == ["3D"]
+    # A third candidate that is slow is left out, and the first two race.
+    assert affordable_candidates({"3D": 30, "2D": 30, "coarser": 100}, 300) == ["3D", "2D"]
+
+
+def test_the_shortest_training_has_enough_steps_beside_its_scoring(
+    dataset: Path, tmp_path: Path
+) -> None:
+    config = plan_candidates(dataset, cache=tmp_path / "c", device="cpu", minutes=10)["3D"].config
+    a_step = 60 * 10 / config.train.steps
+    seconds = shortest_training(config)
+    assert seconds == max(racing.SHORTEST, 200 * a_step / 0.7)
+    slow = config.model_copy(update={"train": config.train.model_copy(update={"steps": 1000})})
+    assert shortest_training(slow) == pytest.approx(200 * 0.6 / 0.7)
+    short = shortened_for_race(slow, 0.7 * shortest_training(slow), tmp_path)
+    assert short.train.steps == 200
 
 
 def test_candidates_are_compared_on_cases_that_all_have_scored() -> None:
@@ -58,9 +80,9 @@ def test_the_table_says_who_was_stopped_and_who_is_planned() -> None:
 
 @pytest.fixture
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e10)
-    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.05)
-    monkeypatch.setattr(planning, "seconds_of_window", lambda *_: 0.01)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e10)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.05)
+    monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.01)
     return small_dataset(tmp_path / "data", num_cases=6)
 
 
@@ -100,8 +122,9 @@ def test_a_plan_that_was_raced_is_a_config_with_a_table(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(racing, "SHORTEST", 2.0)
+    monkeypatch.setattr(racing, "FEWEST_STEPS", 2)
     monkeypatch.setattr(racing, "SHARE", 0.9)
-    planned = plan_by_race(dataset, cache=tmp_path / "c", device="cpu", minutes=0.5)
+    planned = plan_by_race(dataset, cache=tmp_path / "c", device="cpu", minutes=1)
     assert "# Chosen by mean Dice of 1 training cases" in planned.text
     path = tmp_path / "plan.yaml"
     path.write_text(planned.text)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from torch import Tensor
 
-from segkit.checking import check_dataset
+from segkit.checking.check_dataset import check_dataset
 from segkit.cli.main import main
 from segkit.config.data import CtWindowConfig
 from segkit.config.dataset_files import DatasetConfig

@@ -33,15 +33,8 @@ from numpy.testing import assert_array_equal
 
 from segkit.errors import SegkitError
 from segkit.geometry.grid import Grid
-from segkit.io.volume import (
-    NOT_PICTURES,
-    Volume,
-    read_grid,
-    read_labels,
-    read_volume,
-    result_suffix,
-    write_volume,
-)
+from segkit.io.volume import Volume, read_grid, read_labels, read_volume, write_volume
+from segkit.io.volume_names import NOT_PICTURES, result_suffix
 
 ROOT = Path(__file__).parents[2]
 OUTCOMES = ("accepted", "refused", "raised", "died", "hung", "out of memory")

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from segkit.errors import SegkitError
-from segkit.io.volume import SUFFIXES, read_volume
+from segkit.io.volume import read_volume
+from segkit.io.volume_names import SUFFIXES
 
 DAMAGES = (
     SegkitError,

@@ -22,7 +22,7 @@ def check_command(
     ] = Path("runs"),
 ) -> None:
     """Check a config, a dataset or a volume: show how segkit reads it, or report its errors."""
-    from segkit.checking import check
+    from segkit.checking.check import check
     from segkit.io.series_rules import parse_series
     from segkit.system.progress import Tracker
 

@@ -14,11 +14,11 @@ SCORES = "Scores from segkit evaluate --out, or the folder of a run or cross-val
 def compare_command(
     a: Annotated[Path, Argument(metavar="A", help=SCORES)],
     b: Annotated[
-        Path, Argument(metavar="B", help="Scores to compare with A: such a file or folder.")
+        Path, Argument(metavar="B", help="The scores to compare with A, in the same form.")
     ],
     metric: Annotated[
         list[str] | None,
-        Option(help="dice, iou, hd95_mm (_um, _px), assd_mm or nsd; may be repeated."),
+        Option(help="dice, iou, hd95_mm (or _um, _px), assd_mm or nsd. Repeat it for each metric."),
     ] = None,
     strata: Annotated[
         tuple[Path, str] | None,

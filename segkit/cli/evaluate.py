@@ -43,8 +43,8 @@ def evaluate_command(
     missing: Annotated[
         Literal["refuse", "skip", "empty"],
         Option(
-            help="For references without a prediction: stop with an error (refuse), skip them, or "
-            "score an empty prediction."
+            help="For references without a prediction: stop with an error (refuse), leave them out "
+            "(skip), or score them as if nothing had been found (empty)."
         ),
     ] = "refuse",
     probabilities: Annotated[
@@ -66,7 +66,7 @@ def evaluate_command(
     from segkit.evaluation.evaluate import evaluate
     from segkit.evaluation.scores import to_table
     from segkit.io.atomic import refuse_existing, write_json, write_text
-    from segkit.io.volume import rounded_in_words
+    from segkit.io.whole_numbers import rounded_in_words
     from segkit.system.progress import Tracker
 
     if diagram is not None and not probabilities:

@@ -45,8 +45,9 @@ def explain_command(
         Option(
             "--attribution",
             metavar="METHOD",
-            help="Also write what each part of the image contributes to each structure: "
-            "integrated_gradients, smoothgrad, occlusion or kernel_shap; may be repeated.",
+            help="Also write how much each part of the image contributes to each structure: "
+            "integrated_gradients, smoothgrad, occlusion or kernel_shap. Repeat it for each "
+            "method.",
         ),
     ] = None,
     cell: Annotated[
@@ -55,7 +56,7 @@ def explain_command(
     ] = None,
     identity: Annotated[
         bool,
-        Option("--identity", help="Replace each attention block by the identity, and score again."),
+        Option("--identity", help="Test if the network needs each of its attention blocks."),
     ] = False,
     tolerance: Annotated[
         str | None,
@@ -72,7 +73,7 @@ def explain_command(
     overlap: OverlapOption = 0.5,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write attention maps, how well they localise structures, and a page that shows them.
+    """Write attention maps, how well they show structures, and a page.
 
     Maps are compared with the reference, or with the predicted labels if there is none. If there
     are several volumes, each has its own folder, and a table and a page summarise all. A volume
@@ -82,18 +83,14 @@ def explain_command(
 
     from segkit.data.case_inputs import inputs_in
     from segkit.explain.attribution.attribute import AttributionSettings, chosen_methods
-    from segkit.explain.explain_files import (
-        check_targets,
-        explain_files,
-        explain_heads,
-        remove_heads,
-    )
+    from segkit.explain.explain_files import check_targets, explain_files
+    from segkit.explain.explain_heads import explain_heads, remove_heads
     from segkit.explain.verdicts.ablation import check_gates
     from segkit.explain.verdicts.identity import check_blocks
     from segkit.inference.predictor import Predictor
     from segkit.io.picture_summary import picture_lines
     from segkit.io.series_rules import parse_series
-    from segkit.model.folder import load_model, model_folders, picture_rules_of
+    from segkit.model.folder import picture_rules_of
     from segkit.system.progress import Tracker
 
     if heads and reference is None:
@@ -102,13 +99,13 @@ def explain_command(
         raise VolumeError("--cell needs --attribution occlusion or kernel_shap; add it")
     methods = chosen_methods(attribution or ())
     settings = AttributionSettings(cell_mm=cell)
-    folder = model_folders(find_models(model and [model])[0], checkpoint)[0]
-    loaded = load_model(folder, checkpoint=checkpoint)
+    named = find_models(model and [model], checkpoint)[0][0]
+    loaded = named.load()
     rules = picture_rules_of(loaded.description, pixel_size)
     found = inputs_in(
         inputs, loaded.description.channels, series=parse_series(series), rules=rules, but=out
     )
-    say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
+    say(f"model: {named}")
     for line in picture_lines([source.files[0] for source in found], rules):
         say(line)
     # In float32 also on a GPU, because the values of maps are measured.

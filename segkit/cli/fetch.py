@@ -13,8 +13,8 @@ def fetch_command(
         str,
         Argument(
             metavar="DATASET|MODEL",
-            help="A dataset, such as hippocampus or Task04_Hippocampus, or a model, such as "
-            "hf:OWNER/NAME[@REVISION] or the URL of a zip.",
+            help="A dataset, such as hippocampus or Task04_Hippocampus, or a model: hf:OWNER/NAME, "
+            "hf:OWNER/NAME@REVISION or the URL of a zip.",
         ),
     ],
     out: Annotated[

@@ -16,12 +16,13 @@ Inputs = Annotated[
     list[Path],
     Argument(
         metavar="INPUT",
-        help="Volumes, DICOM series, folders of them, or a dataset: YAML, a table, BIDS.",
+        help="Volumes, DICOM series, folders of these, or a dataset: a YAML file, a table or a "
+        "BIDS folder.",
     ),
 ]
 MODEL = (
-    "The folder of a run or model, hf:OWNER/NAME[@REVISION], or a zip with its path or URL. The "
-    f"default is the variable {MODEL_VARIABLE}, or else the newest run."
+    "The folder of a run or model, hf:OWNER/NAME or hf:OWNER/NAME@REVISION, or the path or URL of "
+    f"a zip. The default is the variable {MODEL_VARIABLE}, or else the newest run."
 )
 ModelPlace = Annotated[str | None, Option(metavar="RUN|MODEL", help=MODEL)]
 ModelPlaces = Annotated[
@@ -43,8 +44,8 @@ SeriesOption = Annotated[
     Option(
         "--series",
         metavar="UID|RULE",
-        help="Which DICOM series: a UID, or modality=CT, description=*thorax*, folder=*/CT, "
-        "slices=20..400. Repeat it for each condition.",
+        help="The DICOM series to read: its UID, or a condition such as modality=CT, "
+        "description=*thorax*, folder=*/CT or slices=20..400. Repeat it for each condition.",
     ),
 ]
 PixelSizeOption = Annotated[
@@ -52,8 +53,8 @@ PixelSizeOption = Annotated[
     Option(
         "--pixel-size",
         metavar="LENGTH",
-        help="Pixel size of pictures, such as '4 nm'. Repeat it if the size of rows and slices "
-        "differs; 'pixel' means unknown.",
+        help="Pixel size of pictures, such as '4 nm'. If the sizes along x, y and z differ, give "
+        "it once for each. 'pixel' means unknown.",
     ),
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace existing files.")]

@@ -16,7 +16,8 @@ def plan_command(
         Path,
         Argument(
             metavar="DATASET",
-            help="A folder with a dataset.json or of BIDS, a table, or YAML with data.files.",
+            help="A folder with a dataset.json, a BIDS folder, a table, or a YAML file with "
+            "data.files.",
         ),
     ],
     overrides: Overrides = None,
@@ -40,7 +41,7 @@ def plan_command(
     ] = 20.0,
     dims: Annotated[
         int | None,
-        Option(min=2, max=3, help="2 for slices, 3 for volumes. By default, the cases decide."),
+        Option(min=2, max=3, help="2 for slices, 3 for volumes. By default, segkit chooses."),
     ] = None,
     preset: Annotated[
         Literal["auto", "nnunet"],
@@ -53,7 +54,7 @@ def plan_command(
         Path, Option(help="The folder of runs; its cache stores the measurements.")
     ] = Path("runs"),
     no_race: Annotated[
-        bool, Option("--no-race", help="Plan by rules only, without trying candidates.")
+        bool, Option("--no-race", help="Plan by rules only, without short trainings of candidates.")
     ] = False,
     json: JsonOption = False,
     overwrite: Overwrite = False,

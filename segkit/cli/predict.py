@@ -22,7 +22,7 @@ from segkit.cli.terminal import JsonOption, complain, console, raise_failures, s
 from segkit.errors import counted
 
 if TYPE_CHECKING:
-    from segkit.inference.predict_files import Outcome
+    from segkit.inference.result_files import Outcome
 
 
 def predict_command(
@@ -43,14 +43,18 @@ def predict_command(
     ] = False,
     statistics: Annotated[
         bool,
-        Option("--statistics", help="Also write voxels, ml, mean and sd of each class as JSON."),
+        Option(
+            "--statistics", help="Also write the volume and the intensity of each class as JSON."
+        ),
     ] = False,
     preview: Annotated[
         bool, Option("--preview", help="Also write a PNG of the middle slices with labels.")
     ] = False,
     layout: Annotated[
         Literal["flat", "bids"],
-        Option(help="Results named after the inputs, or as BIDS derivatives in --out."),
+        Option(
+            help="flat names results after their inputs; bids writes BIDS derivatives to --out."
+        ),
     ] = "flat",
     dicom_seg: Annotated[
         bool, Option("--dicom-seg", help="Write labels of DICOM series as DICOM segmentations.")
@@ -58,7 +62,8 @@ def predict_command(
     series: SeriesOption = None,
     pixel_size: PixelSizeOption = None,
     tta: Annotated[
-        bool, Option("--tta", help="Average over the mirror images that training used.")
+        bool,
+        Option("--tta", help="Average over mirror images, along the axes that training mirrored."),
     ] = False,
     checkpoint: CheckpointOption = None,
     device: Device = "auto",
@@ -74,17 +79,19 @@ def predict_command(
         str,
         Option(
             metavar="I/N",
-            help="Process the I-th of N shares of the volumes; auto if torchrun starts the jobs.",
+            help="Process the I-th of N shares of the volumes; auto if torchrun or srun starts the "
+            "jobs.",
         ),
     ] = "1/1",
     engine: Annotated[
         Literal["auto", "torch", "compile", "openvino", "onnx"],
-        Option(help="The inference engine; auto means OpenVINO on a CPU."),
+        Option(help="The inference engine; auto is OpenVINO on a CPU if installed, else PyTorch."),
     ] = "auto",
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         Option(
-            help="Number format of the network. The default is float32 on a CPU, float16 on a GPU."
+            help="Number format of the network. The default is float32 on a CPU and float16 on "
+            "a GPU."
         ),
     ] = None,
     json: JsonOption = False,
@@ -106,13 +113,13 @@ def predict_command(
     from segkit.inference.predictor import Predictor
     from segkit.io.picture_summary import picture_lines
     from segkit.io.series_rules import parse_series
-    from segkit.model.folder import load_model, model_folders, picture_rules_of
+    from segkit.model.folder import picture_rules_of
     from segkit.system.progress import CohortProgress
 
     number, count, device = _share(shard, device)
-    folders = [folder for path in find_models(models) for folder in model_folders(path, checkpoint)]
+    named = [model for each in find_models(models, checkpoint) for model in each]
     predictor = Predictor(
-        [load_model(folder, checkpoint=checkpoint) for folder in folders],
+        [model.load() for model in named],
         device=device,
         overlap=overlap,
         batch_size=batch,
@@ -126,8 +133,8 @@ def predict_command(
     found = inputs_in(
         inputs, description.channels, series=parse_series(series), rules=rules, but=out
     )
-    for folder in folders:
-        say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
+    for model in named:
+        say(f"model: {model}")
     if tta and not predictor.mirrors:
         say("--tta has no effect, because no model was trained on mirror images")
     for line in picture_lines([source.files[0] for source in found], rules):
@@ -172,7 +179,7 @@ def predict_command(
             f"segment them again"
         )
     if json:
-        say_json({"models": [str(folder) for folder in folders], "volumes": volumes})
+        say_json({"models": [str(model.folder) for model in named], "volumes": volumes})
     raise_failures(failures, mine, alone=len(found) == 1)
 
 

@@ -17,7 +17,7 @@ def push_command(
         str,
         Argument(
             metavar="hf:OWNER/NAME|FOLDER",
-            help="A repository of a model hub, or a folder in which to check the files first.",
+            help="A repository of a model hub, or a new folder in which you can check the files.",
         ),
     ],
     licence: Annotated[
@@ -25,13 +25,13 @@ def push_command(
     ] = None,
     data: Annotated[
         str | None,
-        Option(metavar="TEXT", help="For the card: where the training data come from."),
+        Option(metavar="TEXT", help="For the card: the source of the training data."),
     ] = None,
     intended_use: Annotated[
-        str | None, Option(metavar="TEXT", help="For the card: what the model is for.")
+        str | None, Option(metavar="TEXT", help="For the card: the intended use of the model.")
     ] = None,
     limits: Annotated[
-        str | None, Option(metavar="TEXT", help="For the card: where the model fails.")
+        str | None, Option(metavar="TEXT", help="For the card: cases in which the model fails.")
     ] = None,
     scores: Annotated[
         Path | None,
@@ -39,7 +39,9 @@ def push_command(
     ] = None,
     verdicts: Annotated[
         Path | None,
-        Option(help="A folder from segkit explain --verdicts. The default is one inside the run."),
+        Option(
+            help="A folder from segkit explain --verdicts. The default is such a folder in the run."
+        ),
     ] = None,
     picture: Annotated[
         Path | None, Option(help="A picture for the card. Without it, no image is shared.")

@@ -109,7 +109,7 @@ class NoRepetition(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the message is new."""
-        # A config may name the folder of a dataset from the root, and another from here.
+        # Of two configs, one may have the absolute path of a dataset and the other a relative one.
         told = record.getMessage().replace(f"{Path.cwd()}{os.sep}", "")
         is_new = told not in self.seen
         self.seen.add(told)

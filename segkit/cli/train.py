@@ -61,12 +61,13 @@ def train_command(
     runs: Annotated[Path, Option(help="The folder for runs.")] = Path("runs"),
     resume: Annotated[
         Path | None,
-        Option(metavar="RUN", help="Continue this run, with changed settings if given."),
+        Option(metavar="RUN", help="Continue this run. KEY=VALUE changes its settings."),
     ] = None,
     dry_run: Annotated[
         bool,
         Option(
-            "--dry-run", help="Measure some steps, show time and memory of the training, and stop."
+            "--dry-run",
+            help="Take some steps, estimate time and memory of the whole training, and stop.",
         ),
     ] = False,
     folds: Annotated[
@@ -82,7 +83,10 @@ def train_command(
     ] = None,
     no_race: Annotated[
         bool,
-        Option("--no-race", help="Plan a DATASET by rules only, without trying candidates."),
+        Option(
+            "--no-race",
+            help="Plan a DATASET by rules only, without short trainings of candidates.",
+        ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -117,7 +121,7 @@ def train_command(
         if dry_run:
             return _dry_run(settings, low, wanted)
         result = _trained(config, settings, low, wanted, runs, started)
-    if not result.summary:  # only the first process of a run, and the last of folds, has a summary
+    if not result.summary:  # another process writes it
         if json and wanted:
             say_json({"folder": str(result.folder), "finished": False})
         return

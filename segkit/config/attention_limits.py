@@ -1,4 +1,4 @@
-"""Which attention fits which network: each combination that cannot be is refused in a sentence."""
+"""Checks that attention fits the network; a combination that is impossible is refused."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,13 @@ MOST_TOKENS = 2**16
 def check_attention(
     attention: AttentionConfig, *, channels: Sequence[int], spatial_dims: int
 ) -> None:
-    """Raise ValueError if there is attention that a network of such levels cannot have."""
+    """Raise ValueError if there is attention that a network of such levels cannot have.
+
+    Args:
+        attention: the attention at each place.
+        channels: number of channels of each level, the finest first.
+        spatial_dims: 2 or 3.
+    """
     _check_skip(attention, channels, spatial_dims)
     for place, deepest in (("encoder", len(channels) - 1), ("decoder", len(channels) - 2)):
         levels = getattr(getattr(attention, place), "levels", None)
@@ -37,7 +43,13 @@ def check_attention(
 def check_attention_grids(
     attention: AttentionConfig, *, channels: Sequence[int], grids: Sequence[Sequence[int]]
 ) -> None:
-    """Raise ValueError if there is attention that such grids of a patch, finest first, rule out."""
+    """Raise ValueError if there is attention that does not fit the grids of a patch.
+
+    Args:
+        attention: the attention at each place.
+        channels: number of channels of each level, the finest first.
+        grids: number of cells of a patch along each axis, for each level.
+    """
     _check_levels(attention, "encoder", channels, grids)
     _check_levels(attention, "decoder", channels, grids)
     bottleneck, coarsest = attention.bottleneck, list(grids[-1])
@@ -63,6 +75,14 @@ def _check_levels(
     channels: Sequence[int],
     grids: Sequence[Sequence[int]],
 ) -> None:
+    """Raise ValueError if large kernels or paired attention do not fit the levels of a place.
+
+    Args:
+        attention: the attention at each place.
+        place: the encoder or the decoder.
+        channels: number of channels of each level, the finest first.
+        grids: number of cells of a patch along each axis, for each level.
+    """
     block = getattr(attention, place)
     if not isinstance(block, LargeKernelAttentionConfig | PairedAttentionConfig):
         return

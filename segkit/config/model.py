@@ -54,6 +54,7 @@ class ModelDescription(Section):
     segkit: str
     """The version of segkit that wrote the file."""
     run: Name
+    """Name of the run that trained the model."""
     channels: list[Name]
     """Names of the input's channels, in order."""
     labels: Annotated[dict[Name, LabelNumber], Field(min_length=2)]
@@ -76,13 +77,18 @@ class ModelDescription(Section):
     unit: Literal["mm", "µm", "pixel"] = "mm"
     """Unit of lengths in output; 'pixel' if the model was trained on pictures of unknown scale."""
     network: NetworkConfig
+    """Architecture of the network."""
     spacing: tuple[Millimetres, Millimetres, Millimetres]
+    """Distance between the network's voxels along each RAS+ axis, in mm (in pixels if `unit` is
+    'pixel')."""
     interpolation: Literal["linear", "cubic"] = "linear"
-    """Default: linear, for models from before this setting existed."""
+    """Interpolation of images. Default: linear, for models from before this setting existed."""
     normalisation: list[NormalisationConfig]
     """The normalisation of each channel, in order."""
     slices: Literal["sagittal", "coronal", "axial"]
+    """The plane of the slices that a 2D network sees."""
     patch_size: list[Positive]
+    """Size of a window in voxels: three numbers, or two for a 2D network."""
     mirror: list[WorldAxis] = Field([])
     """World axes along which training patches were mirrored."""
     first_stage: FirstStageConfig | None = None

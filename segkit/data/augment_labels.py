@@ -2,7 +2,7 @@
 
 Kinds and probabilities are those of nnU-Net's cascade (Isensee et al. 2021). Everything runs on the
 device of the labels without waiting for it; a change that is not drawn takes no time. A voxel
-always has exactly one label, which would not hold if the channel of each class were changed alone.
+always has exactly one label. That would not hold if each class were changed in its own channel.
 """
 
 from collections.abc import Callable
@@ -35,6 +35,11 @@ class LabelCorruption:
         """Labels from 0 to `num_classes` with random errors.
 
         A class that grows overwrites others; voxels that it loses become background.
+
+        Args:
+            labels: label maps; 0 is the background.
+            num_classes: number of classes besides the background.
+            generator: the generator of all random numbers.
         """
         samples = len(labels)
         reshaped = torch.rand(samples, num_classes, generator=generator)

@@ -227,6 +227,13 @@ def _places(
     These are sums instead of a matrix product, because a product may run in TF32 on a GPU, with
     errors of a fraction of a voxel.
 
+    Args:
+        patch_size: size of a patch, in voxels.
+        transforms: matrices from voxels of the patch to voxels of the cut, relative to their
+            centres.
+        displacement: elastic displacement of each voxel, in voxels; None for none.
+        device: the device that computes.
+
     Returns:
         For each axis, a tensor (row, *patch).
     """

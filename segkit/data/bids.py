@@ -13,11 +13,11 @@ from pathlib import Path
 
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
-from segkit.data.proposed_files import told_labels, told_proposal
+from segkit.data.proposed_files import DERIVATIVES, told_labels, told_proposal
 from segkit.errors import DatasetError, Problems, first_few
-from segkit.io.dicom import find_folders
+from segkit.io.dicom_listing import find_folders
 from segkit.io.tables import read_csv
-from segkit.io.volume import NIFTI_SUFFIXES, stem_of
+from segkit.io.volume_names import NIFTI_SUFFIXES, stem_of
 
 DESCRIPTION_FILE = "dataset_description.json"
 ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)")
@@ -26,7 +26,6 @@ OF_CASE = ("sub", "ses", "run")
 LABEL_SUFFIX = "dseg"
 LABEL_SUFFIXES = (LABEL_SUFFIX, "probseg", "mask", "defacemask")
 ANATOMY = "anat"
-DERIVATIVES = "derivatives"
 PREDICTED = "segkit"
 """The entity `desc` of labels that segkit predicted."""
 MOST_CASES = 5
@@ -98,7 +97,7 @@ def bids_labels(folder: Path) -> dict[str, Path]:
 
 
 def bids_label_names(folder: Path) -> dict[str, tuple[int, ...]] | None:
-    """Names of labels and their numbers, by the only table `…dseg.tsv` there is; None without one.
+    """Names of labels and their numbers, from the only table `…dseg.tsv`; None if there is none.
 
     Raises DatasetError for a table without the columns index and name, or for several that differ.
     """
@@ -139,10 +138,15 @@ def bids_label_names(folder: Path) -> dict[str, tuple[int, ...]] | None:
 def list_bids(folder: Path, given: Labelling | None = None) -> DatasetJson:
     """Channels, labelling and labelled cases of a BIDS folder.
 
-    Channels are the suffixes of anatomical images that every labelled case has, in order of the
-    alphabet. `given` has the names of labels; without it, the table `dseg.tsv` says so.
+    Channels are the suffixes of anatomical images that every labelled case has, in alphabetical
+    order.
 
-    Raises DatasetError.
+    Args:
+        folder: the BIDS folder.
+        given: names and numbers of labels; if None, those in the table `dseg.tsv`.
+
+    Raises:
+        DatasetError: no case has labels and all channels, or labels have no names.
     """
     labels, images = bids_labels(folder), _images(folder, anywhere=False)
     if not labels:
@@ -186,7 +190,7 @@ def _of_channel(files: Mapping[str, Path], channel: str) -> Path | None:
 
 
 def _images(folder: Path, *, anywhere: bool) -> Images:
-    """By case and suffix, the images of subjects: only anatomical ones unless `anywhere`."""
+    """The images of subjects, by case and suffix: only anatomical ones unless `anywhere`."""
     found: Images = defaultdict(dict)
     problems = Problems()
     for path, entities, suffix in _files(folder, derivatives=False):
@@ -213,7 +217,7 @@ def _name(entities: Mapping[str, str]) -> str:
 
 
 def _files(folder: Path, *, derivatives: bool) -> Iterator[tuple[Path, dict[str, str], str]]:
-    """The NIfTI files of subjects, with entities and suffix, by rising path."""
+    """The NIfTI files of subjects, with entities and suffix, sorted by path."""
     roots = [folder, *(sorted((folder / DERIVATIVES).glob("*")) if derivatives else [])]
     for root in roots:
         for subject in sorted(root.glob("sub-*")):

@@ -25,7 +25,7 @@ from segkit.io.atomic import write_json
 from segkit.io.checksums import file_states
 from segkit.io.picture_rules import PictureFacts
 from segkit.io.safe_text import read_json
-from segkit.io.volume import noting_rounded_labels
+from segkit.io.whole_numbers import noting_rounded_labels
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import num_cores
 from segkit.system.workers import in_processes

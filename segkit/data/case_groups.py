@@ -42,8 +42,8 @@ def groups_of(dataset: Dataset, data: SplitDatasetConfig) -> dict[str, list[int]
 
 
 def told_of_split(dataset: Dataset, data: DatasetConfig) -> list[str]:
-    """What a user should know of a split: groups that the test divides, columns that are not used,
-    and a grouping that names propose."""
+    """Hints on a split: groups that the test divides, columns that no setting uses,
+    and a grouping that the names of cases suggest."""
     own = data if isinstance(data, SplitDatasetConfig) else None
     found = [] if own is None else groups_in_test(dataset, own)
     advice = grouping_advice(dataset, own)
@@ -51,7 +51,7 @@ def told_of_split(dataset: Dataset, data: DatasetConfig) -> list[str]:
 
 
 def groups_in_test(dataset: Dataset, data: SplitDatasetConfig) -> list[str]:
-    """A sentence on the groups of which the test keeps some cases and not all; none without."""
+    """A sentence on groups of which the test has only a part of the cases, if there are any."""
     if data.group_by is None or not dataset.test:
         return []
     found, _ = _group_of_each(dataset, data, data.group_by)
@@ -89,7 +89,7 @@ def _group_of_each(
 
 
 def subject_of(case: CaseFiles, dataset: Dataset) -> str | None:
-    """The subject of BIDS in a case's name, or else in the path of its label."""
+    """The BIDS subject in a case's name, or else in the path of its label."""
     inside = case.label
     if case.label.is_relative_to(dataset.folder):
         inside = case.label.relative_to(dataset.folder)
@@ -141,7 +141,7 @@ def grouping_advice(dataset: Dataset, data: SplitDatasetConfig | None) -> str | 
     if data is not None and (data.group_by is not None or data.splits is not None):
         return None
     if data is not None and any("data.group_by=" in told for told in unused_columns(data)):
-        return None  # the column of patients is proposed, which is surer than names
+        return None  # a column of patients is proposed already; it is more certain than names
     setting = likely_grouping(dataset)
     if setting is None:
         return None

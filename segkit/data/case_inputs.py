@@ -1,4 +1,4 @@
-"""The volumes that a model is to work on: files, folders, tables and datasets."""
+"""The volumes for a model: files, folders, tables and datasets."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from segkit.io.inputs import Input, find_inputs, without_results
 from segkit.io.picture_rules import PictureRules
 from segkit.io.series_rules import SeriesRule
 from segkit.io.tables import read_csv
-from segkit.io.volume import AS_IT_SAYS, is_picture, volumes_among
+from segkit.io.volume import AS_IT_SAYS
+from segkit.io.volume_names import is_picture, volumes_among
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,12 @@ def inputs_in(
     Args:
         paths: volumes, DICOM series, or folders of either, as `find_inputs` has it; or a dataset: a
             folder with a dataset.json or in the form of BIDS, a YAML file with `data`, or a table
-            (.csv, .tsv) with the columns `id`, and `image` or one for each channel. Of a dataset
-            all cases are taken, with labels or without.
+            (.csv, .tsv) with the columns `id`, and `image` or one for each channel. All cases of a
+            dataset are taken, with labels or without.
         channels: names of the model's channels. Those of a dataset are brought to their order.
-        series: of a folder of DICOM files, as for `find_inputs`.
+        series: the choice of series in a folder of DICOM files, as for `find_inputs`.
         rules: how pictures are read; a dataset's pixel size counts if they give none.
-        but: a folder inside, where results go.
+        but: a folder inside these, such as that of results, which is skipped.
 
     Raises:
         SegkitError: a path names no volume, or its channels are others.
@@ -62,7 +63,7 @@ def inputs_in(
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether a path names a dataset rather than volumes: by YAML, a table, BIDS, dataset.json."""
+    """Whether a path names a dataset instead of volumes: a YAML, a table, BIDS or dataset.json."""
     if not path.is_dir():
         return path.suffix.lower() in (*YAML_SUFFIXES, *TABLE_SUFFIXES)
     if volumes_among(file for file in path.iterdir() if not file.name.startswith(".")):
@@ -76,7 +77,7 @@ def config_at(path: Path) -> DatasetConfig:
 
 
 def table_config(path: Path, channels: Sequence[str]) -> DatasetConfig:
-    """A table that is given by itself, as the settings that would name it. Raises DatasetError."""
+    """The settings of a dataset for a table that is given by itself. Raises DatasetError."""
     _, columns = read_csv(path)
     own = {column.strip().lower(): column for column in columns}
     if all(channel.lower() in own for channel in channels):
@@ -107,7 +108,7 @@ def _of_dataset(path: Path, channels: Sequence[str], rules: PictureRules) -> lis
         Input(name, _in_order(path, names, images, channels), of_folder=True, rules=rules)
         for name, images in sorted(cases)
     ]
-    # A pattern such as `images/*.nii.gz` also matches results. A table names what it means.
+    # A pattern such as `images/*.nii.gz` also matches results. A table names its files exactly.
     by_pattern = data.files is not None and data.files.table is None
     return without_results(found) if by_pattern else found
 
@@ -134,7 +135,14 @@ def _images_of(data: DatasetConfig, channels: Sequence[str]) -> tuple[Sequence[s
 def _in_order(
     path: Path, names: Sequence[str], images: tuple[Path, ...], channels: Sequence[str]
 ) -> tuple[Path, ...]:
-    """A case's images in the order of the model's channels."""
+    """A case's images in the order of the model's channels.
+
+    Args:
+        path: the dataset, for messages.
+        names: names of the channels in the dataset.
+        images: the files of the case, one for each channel, or one with all channels.
+        channels: names of the model's channels.
+    """
     if len(images) != len(names) or (len(images) == 1 and is_picture(images[0])):
         return images  # a file holds them all
     if set(channels) <= set(names):

@@ -146,7 +146,15 @@ def unused_columns(data: DatasetConfig) -> list[str]:
 
 
 def _use_of(column: str, values: Mapping[str, str], data: DatasetConfig) -> str | None:
-    """What uses a column of this name; None for other names, or if another setting is given."""
+    """The setting that can use a column of this name; None for other names.
+
+    None also if a setting of the same purpose is given already.
+
+    Args:
+        column: name of the column.
+        values: its values.
+        data: settings of the dataset.
+    """
     word = "".join(character for character in column.lower() if character.isalnum())
     setting = f"{{column: {column}}}"
     splits = getattr(data, "splits", None)
@@ -166,7 +174,7 @@ def _use_of(column: str, values: Mapping[str, str], data: DatasetConfig) -> str 
 
 
 def _use_of_parts(setting: str, values: Mapping[str, str], data: DatasetConfig) -> str | None:
-    """What uses a column that marks test cases and held-out cases."""
+    """The setting that can use a column that marks test cases and held-out cases."""
     uses = []
     if data.test is None and any(value.lower() in YES_WORDS for value in values.values()):
         uses.append(f"data.test={setting} keeps its test cases for a last test")

@@ -24,25 +24,22 @@ from segkit.data.partly_labelled_cases import unlabelled_of
 from segkit.errors import DatasetError, Problems, VolumeError, counted, first_few
 from segkit.geometry.grid import Grid, Orientation
 from segkit.io.file_names import safe_name, tell_changed_names
-from segkit.io.nan_values import nan_as_zero
+from segkit.io.gridded import turn_onto
+from segkit.io.nan_values import nan_as_zero, value_problem
 from segkit.io.picture_rules import PictureRules, Unit
 from segkit.io.volume import (
     AS_IT_SAYS,
     BYTES_OF_IMAGE,
     BYTES_OF_LABEL,
     Volume,
-    has_volume_suffix,
-    in_full,
-    is_picture,
     read_grid,
     read_label_values,
     read_num_channels,
     read_picture_facts,
     read_volume,
-    turn_onto,
-    value_problem,
-    whole_numbers,
 )
+from segkit.io.volume_names import has_volume_suffix, is_picture
+from segkit.io.whole_numbers import in_full, whole_numbers
 from segkit.system.progress import Track, untracked
 
 logger = logging.getLogger(__name__)
@@ -132,14 +129,12 @@ def read_dataset(
     If one channel name, such as photo, stands for a picture of several channels, the channels are
     called photo red, photo green and photo blue.
 
-    `dicom` says which series are images and, beside other files, which DICOM structures are which
-    class.
-
     Args:
         folder: the folder of the dataset.
         files: settings of the files, instead of `folder/dataset.json`.
         pictures: information that pictures lack, instead of that in the dataset.json.
         given: classes and numbers, instead of those in the dataset.json or in `files`.
+        dicom: the DICOM series that are images, and the class of each DICOM structure.
 
     Raises:
         DatasetError: the dataset is wrong or incomplete.
@@ -309,7 +304,7 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
 
 
 def read_case_label(case: CaseFiles, dataset: Dataset) -> Volume:
-    """The label of a case with the numbers in its file. Raises DatasetError."""
+    """The label of a case, with the numbers in its file. Raises DatasetError."""
     label = read_label_values(case.label, rules=dataset.rules, working=BYTES_OF_LABEL)
     return label.like(_whole(case, label, dataset))
 
@@ -409,12 +404,14 @@ def _miscounted(case: CaseFiles, dataset: Dataset, found: int) -> DatasetError:
 
 
 def _on_grid_of(case: CaseFiles, first: Volume, path: Path, volume: Volume) -> Volume:
+    """A volume of a case, with its axes in the order and the directions of the first image."""
     return volume.on(
         first.grid, _turned_onto(case, path, volume.grid, first.grid).turn(volume.data)
     )
 
 
 def _turned_onto(case: CaseFiles, path: Path, grid: Grid, first: Grid) -> Orientation:
+    """The orientation that turns a grid into the first image's. Raises DatasetError."""
     try:
         return turn_onto(grid, first, what=f"{path}:", whose=case.images[0].name)
     except VolumeError as error:

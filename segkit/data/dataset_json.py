@@ -18,7 +18,8 @@ from segkit.data.proposed_files import told_proposal
 from segkit.errors import DatasetError, Problems, counted, first_few
 from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json
-from segkit.io.volume import SUFFIXES, case_name_of, is_dicom_path, is_picture, stem_of
+from segkit.io.volume import is_dicom_path
+from segkit.io.volume_names import SUFFIXES, case_name_of, is_picture, stem_of
 
 MOST_NAMED = 20
 """A sentence lists at most so many labels."""

@@ -11,7 +11,6 @@ from segkit.config.dicom import DicomConfig, SeriesConfig
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
 from segkit.errors import DatasetError, Problems, counted, first_few, printable
-from segkit.io.dicom import Series
 from segkit.io.dicom_labels import (
     StructureFile,
     absent_structure,
@@ -19,6 +18,7 @@ from segkit.io.dicom_labels import (
     structure_kind,
     told_names,
 )
+from segkit.io.dicom_listing import Series
 from segkit.io.dicom_tree import DicomTree, name_in, path_of, read_tree
 from segkit.io.name_patterns import matches_any
 from segkit.io.series_rules import SeriesRule
@@ -135,6 +135,11 @@ def structure_rules(
     dicom: DicomConfig, labelling: Labelling, images: Mapping[Path, Path]
 ) -> StructureRules:
     """The rules that turn structures into labels, from the config.
+
+    Args:
+        dicom: settings of the structures.
+        labelling: the classes or regions and their numbers.
+        images: the first image of each case, by the path of its file of structures.
 
     Raises:
         DatasetError: the config names an unknown class.
@@ -254,6 +259,7 @@ def _groups(
 
 
 def _one(name: str, channel: str, found: list[Series], dicom: DicomConfig) -> Series:
+    """The only series that fits a channel of a case. Raises DatasetError for none or several."""
     if len(found) == 1:
         return found[0]
     rule = rule_of(dicom.images[channel])

@@ -57,7 +57,7 @@ def list_images(
     """Channels, and the name and the images of each case, whether it has a label or not.
 
     Cases that lack a channel's image are left out, with a warning. Raises DatasetError, or
-    VolumeError for a file that is no volume.
+    VolumeError for a file that is not a volume.
     """
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such dataset folder; set data.folder")

@@ -13,7 +13,8 @@ from jaxtyping import Integer, Shaped
 from numpy import ndarray
 
 from segkit.config.labels import Labelling
-from segkit.io.volume import Volume, in_full
+from segkit.io.volume import Volume
+from segkit.io.whole_numbers import in_full
 
 MOST_TOLD = 5
 WIDEST_TABLE = 2**17

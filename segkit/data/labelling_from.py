@@ -128,7 +128,15 @@ def _check_shared(
     *,
     regions: bool,
 ) -> None:
-    """Raise DatasetError if a number belongs to two names that are not both regions."""
+    """Raise DatasetError if a number belongs to two names that are not both regions.
+
+    Args:
+        source: file or setting with the names, for messages.
+        named: numbers in files, by name.
+        ignored: numbers of voxels that nobody labelled.
+        background: name of the background.
+        regions: whether the names are regions, which may overlap.
+    """
     owners: dict[int, str] = {}
     for name, numbers in {**named, IGNORE: ignored}.items():
         for number in numbers:
@@ -151,6 +159,14 @@ def _check_shared(
 def _check_regions(
     source: str, named: Mapping[str, Sequence[int]], order: Sequence[int], background: str
 ) -> None:
+    """Raise DatasetError unless `order` has one number of each region, outer regions first.
+
+    Args:
+        source: file or setting with the names, for messages.
+        named: numbers in files, by name.
+        order: the number that each region is written as.
+        background: name of the background.
+    """
     regions = {name: group for name, group in named.items() if name != background}
     if len(order) != len(regions) or len(set(order)) != len(order):
         raise DatasetError(

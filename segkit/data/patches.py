@@ -53,7 +53,14 @@ class ForegroundSampler:
 def _centred(
     case: StoredCase, random: np.random.Generator, patch_size: Sequence[int], share: float
 ) -> tuple[StoredCase, Sequence[int]]:
-    """A case and the centre of a patch: with probability `share` on its foreground, or anywhere."""
+    """A case and the centre of a patch: with probability `share` on its foreground, or anywhere.
+
+    Args:
+        case: the prepared case.
+        random: the generator of the patch.
+        patch_size: size of a patch, in voxels.
+        share: probability that the patch is centred on the foreground.
+    """
     wants_foreground = random.random() < share
     centre: Sequence[int] = [
         _anywhere(random, size, patch) + patch // 2

@@ -33,7 +33,8 @@ from segkit.errors import DatasetError, Problems, SegkitError, VolumeError
 from segkit.geometry.grid import ANISOTROPY, Orientation
 from segkit.io.atomic import PARTIAL, naming, remove_leftovers
 from segkit.io.checksums import file_states
-from segkit.io.volume import is_picture, read_volume
+from segkit.io.volume import read_volume
+from segkit.io.volume_names import is_picture
 from segkit.system.memory import free_memory
 from segkit.system.resources import num_cores
 from segkit.system.workers import attempted, in_processes
@@ -216,6 +217,11 @@ def _marked(name: str, dataset: Dataset, label: ndarray) -> ndarray:
     """A label that also encodes the case's unlabelled classes, as `PartlyLabelled` needs it.
 
     The labels of all cases of a dataset have the same type, because they share batches.
+
+    Args:
+        name: name of the case.
+        dataset: the dataset, with the unlabelled classes of each case.
+        label: the label of the case.
     """
     sets = dataset.unlabelled_sets
     if len(sets) == 1:
@@ -249,7 +255,14 @@ def _as_stored(
     results: Iterator[SegkitError | None],
     problems: Problems,
 ) -> Iterator[CaseFiles]:
-    """Each case, as soon as it is stored or its error is added to `problems`."""
+    """Each case, as soon as it is stored or its error is added to `problems`.
+
+    Args:
+        cases: all cases, in order.
+        pending: names of the cases that are not stored yet.
+        results: None or the error of each pending case, in order.
+        problems: collects the errors.
+    """
     for case in cases:
         error = next(results) if case.name in pending else None
         if isinstance(error, TooLargeError):  # other cases would fail for the same spacing
@@ -285,6 +298,16 @@ def _store(
     normalisers: Sequence[Normaliser],
     order: Literal[1, 3],
 ) -> None:
+    """Prepare a case and write its folder. Raises DatasetError or VolumeError.
+
+    Args:
+        task: the case, its file of first-stage labels or None, and the folder to write.
+        dataset: the dataset, with its channels and labels.
+        partial_folder: a folder for unfinished results.
+        spacing: target spacing in mm along x, y and z.
+        normalisers: one function for each channel.
+        order: order of the interpolation of images.
+    """
     case, first, target = task
     volume, label_volume = read_case(case, dataset)
     # Without an image, the label decides which part of the volume is background.
@@ -354,6 +377,16 @@ def _digest(
     settings: Any,
     first: Path | None,
 ) -> str:
+    """A digest of everything on which the arrays of a case depend.
+
+    Args:
+        case: the case, with its files.
+        dataset: the dataset, with its channels and labels.
+        spacing: target spacing in mm along x, y and z.
+        order: order of the interpolation of images.
+        settings: JSON value that describes the normalisers.
+        first: the file of first-stage labels, if there is one.
+    """
     sets = dataset.unlabelled_sets[1:]
     structures = dataset.rules.structures
     content = {

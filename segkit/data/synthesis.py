@@ -31,6 +31,12 @@ def smooth_field(
     """A smooth random field: normal numbers at points about 16 voxels apart, interpolated linearly.
 
     The numbers have mean 0 and standard deviation 1 at the control points.
+
+    Args:
+        batch_size, channels: number of samples, and of fields in each.
+        space: number of voxels along each axis.
+        generator: a generator on the CPU.
+        device: the device of the result; the CPU if None.
     """
     points = [max(round(size / CONTROL_SPACING) + 1, 2) if size > 1 else 1 for size in space]
     coarse = torch.randn(batch_size, channels, *points, generator=generator)

@@ -62,7 +62,7 @@ def run_demo(
         steps: training steps.
         overwrite: whether an earlier demo in `out` may be replaced.
         say: prints a line.
-        callbacks: of Lightning, for training.
+        callbacks: Lightning callbacks for the training.
         track: reports the progress.
 
     Returns:
@@ -164,7 +164,7 @@ def load_template() -> tuple[Volume, Volume]:
     return Volume(np.where(brain, t1, 0).astype(np.float32), grid), Volume(tissue, grid)
 
 
-def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
+def write_dataset(folder: str | Path, scan: Volume, reference: Volume) -> None:
     """Write a dataset of two cases: the tissue map for training, and the held-out real scan.
 
     Args:
@@ -176,8 +176,9 @@ def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
         OSError: if the folder cannot be written.
 
     Example:
-        segkit.write_dataset(Path("data"), *segkit.load_template())
+        segkit.write_dataset("data", *segkit.load_template())
     """
+    folder = Path(folder)
     write_volume(folder / "labelsTr" / "tissue_map.nii.gz", reference)
     write_volume(folder / "labelsTr" / "real_t1.nii.gz", reference)
     write_volume(folder / "imagesTr" / "real_t1.nii.gz", scan)
@@ -194,7 +195,11 @@ def write_dataset(folder: Path, scan: Volume, reference: Volume) -> None:
 
 
 def demo_config(
-    dataset: Path, *, contrast: Literal["t1", "random"], steps: int = DEMO_STEPS, seed: int = 0
+    dataset: str | Path,
+    *,
+    contrast: Literal["t1", "random"],
+    steps: int = DEMO_STEPS,
+    seed: int = 0,
 ) -> Config:
     """The config of the demo's training.
 
@@ -202,15 +207,15 @@ def demo_config(
         dataset: a folder from `write_dataset`.
         contrast: contrasts of the training scans: similar to a T1 scan, or random.
         steps: training steps.
-        seed: of all random numbers.
+        seed: seed of all random numbers.
 
     Raises:
         ConfigError: if a setting is not valid.
 
     Example:
         scan, reference = segkit.load_template()
-        segkit.write_dataset(Path("data"), scan, reference)
-        run = segkit.train(segkit.demo_config(Path("data"), contrast="t1"))
+        segkit.write_dataset("data", scan, reference)
+        run = segkit.train(segkit.demo_config("data", contrast="t1"))
     """
     tree = {
         "name": "demo",

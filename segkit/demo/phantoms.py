@@ -22,14 +22,14 @@ PHANTOM_LABELS = {"background": 0, "anterior": 1, "posterior": 2}
 SHAPE = (24, 32, 24)
 SPACING = 1.5
 """Voxel size in mm; the image is 36 × 48 × 36 mm."""
-# Tissues: white matter 0, fluid 1, cortex 2, and the two parts of the structure, like cortex.
+# Tissues. The two parts of the structure have the intensity of cortex.
 WHITE, FLUID, CORTEX, ANTERIOR, POSTERIOR = range(5)
 INTENSITIES = [(0.75, 0.85), (0.15, 0.25), (0.5, 0.55), (0.5, 0.55), (0.5, 0.55)]
 PHANTOM_BENDING = 1.2
 """Standard deviation, in voxels, of the displacement at points 16 voxels apart."""
 
 
-def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
+def write_hippocampi(folder: str | Path, num_cases: int, *, seed: int = 0) -> None:
     """Write a dataset with scans, labels and dataset.json.
 
     The labels are those of the Decathlon's Task04: 'anterior' (here 40 % of the tube's length) and
@@ -38,15 +38,16 @@ def write_hippocampi(folder: Path, num_cases: int, *, seed: int = 0) -> None:
     Args:
         folder: the folder to write the dataset to.
         num_cases: number of cases.
-        seed: of all random numbers; the same seed gives the same files.
+        seed: seed of all random numbers; the same seed gives the same files.
 
     Raises:
         OSError: if the folder cannot be written.
 
     Example:
-        segkit.write_hippocampi(Path("hippocampi"), 12)
+        segkit.write_hippocampi("hippocampi", 12)
         print(segkit.check("hippocampi"))
     """
+    folder = Path(folder)
     generator = Generator().manual_seed(seed)
     origin = -SPACING * (np.array(SHAPE) - 1) / 2
     affine = np.diag([SPACING, SPACING, SPACING, 1.0])

@@ -125,7 +125,7 @@ class Calibration:
 
         Args:
             case: its name.
-            probabilities: of each output, the outputs on the last axis.
+            probabilities: probabilities of each output, with the outputs on the last axis.
             reference: the labels, of the same spatial shape.
             unlabelled: outputs that nobody labelled in this case. Then only its labelled outputs
                 count: the background of the reference may be any of the others.

@@ -107,7 +107,8 @@ def compare(
     The differences are taken within each case, so that hard and easy cases do not add noise. The
     interval is the percentile bootstrap over cases (Efron 1979). The test exchanges the signs of
     the differences (Fisher 1935, section 21) and assumes no distribution; it tries all sign
-    patterns if there are few. With fewer than six cases, p is never below 0.05.
+    patterns if there are few. With fewer than six cases, p is never below 0.05. `p_holm` is p
+    corrected for the number of classes (Holm 1979).
 
     Args:
         a: scores written by `segkit evaluate --out`, or the folder of a run or cross-validation,
@@ -118,14 +119,15 @@ def compare(
         strata: the group of each case, such as its hospital. Each bootstrap resample has as many
             cases of each group as the data.
         num_resamples: number of bootstrap resamples.
-        seed: of all random numbers.
+        seed: seed of all random numbers.
 
     Returns:
         A difference for each class and metric, and for the mean over classes.
 
     Raises:
         ConfigError: if a file has no scores, no case is in both, the classes differ, a metric is
-            unknown, a case has no stratum, or only one of the two has lengths in pixels.
+            unknown or has no scores, a case has no stratum, or a length is compared and only one
+            of the two has lengths in pixels.
 
     Example:
         comparison = segkit.compare("scores_of_a.json", "scores_of_b.json", metrics=["dice", "nsd"])
@@ -191,8 +193,8 @@ def _in_mm(metric: str) -> str:
     return known.get(metric, metric)
 
 
-def read_scores(path: Path) -> ScoresOfCases:
-    """Scores of each case, by the names in `METRICS`; lengths are in mm, or in pixels.
+def _read(path: Path) -> tuple[ScoresOfCases, Unit]:
+    """Scores of each case, with lengths in mm or pixels, and the unit of lengths in the file.
 
     Args:
         path: a file from `segkit evaluate --out`, or the folder of a run or cross-validation.
@@ -200,11 +202,6 @@ def read_scores(path: Path) -> ScoresOfCases:
     Raises:
         ConfigError: if there are no scores.
     """
-    return _read(path)[0]
-
-
-def _read(path: Path) -> tuple[ScoresOfCases, Unit]:
-    """Scores of each case, with lengths in mm or pixels, and the unit of lengths in the file."""
     source = path / SUMMARY_FILE if path.is_dir() else path
     if not source.is_file():
         raise ConfigError(
@@ -321,6 +318,7 @@ def _classes(
 def _table(
     scores: ScoresOfCases, names: Sequence[str], classes: Sequence[str], metric: str
 ) -> Float64[ndarray, "cases classes"]:
+    """The scores of a metric as an array (case, class); NaN if a score is missing."""
     nan: Mapping[str, float] = {}
     return np.array(
         [[scores[case].get(name, nan).get(metric, np.nan) for name in classes] for case in names]
@@ -345,6 +343,17 @@ def _difference(
     num_resamples: int,
     seed: int,
 ) -> Difference:
+    """The difference of a metric for one class; `p_holm` is still NaN.
+
+    Args:
+        name: name of the class.
+        metric: name of the metric.
+        one, other: score of each case in A and in B; NaN if it is undefined.
+        groups: the stratum of each case, as a number.
+        smaller_is_better: whether a smaller score is better.
+        num_resamples: number of bootstrap resamples.
+        seed: seed of all random numbers.
+    """
     defined_a, defined_b = ~np.isnan(one), ~np.isnan(other)
     both = defined_a & defined_b
     change = (other - one)[both]
@@ -375,7 +384,14 @@ def _interval(
     num_resamples: int,
     seed: int,
 ) -> tuple[float, float]:
-    """The middle 95 % of the means of bootstrap resamples, drawn within each group."""
+    """The middle 95 % of the means of bootstrap resamples, drawn within each group.
+
+    Args:
+        change: the difference of each case.
+        groups: the stratum of each case, as a number.
+        num_resamples: number of resamples.
+        seed: seed of the resamples.
+    """
     if not len(change):
         return float("nan"), float("nan")
     random = np.random.default_rng(seed)

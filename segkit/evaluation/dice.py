@@ -16,6 +16,10 @@ def dice_of(
 
     It is NaN for a class that is in neither prediction nor reference. Voxels that the reference
     ignores do not count.
+
+    Args:
+        prediction, reference: labels with the labelling's numbers 0, 1, 2, ….
+        labelling: the classes or regions.
     """
     overlap = Overlap.of_labels(
         prediction,

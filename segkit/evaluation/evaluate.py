@@ -17,18 +17,14 @@ from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sent
 from segkit.evaluation.calibration import Calibration
 from segkit.evaluation.evaluate_probabilities import calibrate_pairs
 from segkit.evaluation.label_names import labelling_in, labels_file, picture_rules_in
-from segkit.evaluation.pairing import Pairing, pair_with, references_in
+from segkit.evaluation.pairing import Pairing, pair_with
+from segkit.evaluation.references import references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
 from segkit.io.picture_rules import PictureRules, length_mm
-from segkit.io.volume import (
-    AS_IT_SAYS,
-    Volume,
-    is_picture,
-    noting_rounded_labels,
-    read_labels,
-    read_picture_facts,
-)
+from segkit.io.volume import AS_IT_SAYS, Volume, read_labels, read_picture_facts
+from segkit.io.volume_names import is_picture
+from segkit.io.whole_numbers import noting_rounded_labels
 from segkit.provenance import PROVENANCE, versions
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import limit_threads
@@ -124,7 +120,8 @@ def evaluate(
             references or one folder above.
         tolerance_mm: largest distance in mm at which two surfaces agree, for the normalised surface
             Dice. The default is 1 mm, and 2 pixels for pictures.
-        tolerance: the tolerance as a length with its unit, such as '0.5 µm' or '2 pixels'.
+        tolerance: the tolerance as a length with its unit, such as '0.5 µm' or '2 pixels'. It is
+            used instead of `tolerance_mm`.
         pixel_size: pixel size of pictures, such as '4 nm'. It overrides that of files and dataset.
         missing: how to treat references without a prediction: 'refuse' raises an error, 'skip'
             leaves them out, 'empty' scores them as empty predictions, with Dice 0 for each class
@@ -139,9 +136,12 @@ def evaluate(
         are scored.
 
     Raises:
-        VolumeError: if files cannot be paired, or no pair can be scored.
-        ConfigError: if a YAML file is not valid, or an option has an unknown value.
+        VolumeError: if files cannot be paired, no pair can be scored, `labels` is no such file, or
+            the tolerance or the pixel size is not a length.
+        ConfigError: if a YAML file is not valid, `missing` has an unknown value, or labels without
+            names have probabilities.
         DatasetError: if the dataset or the dataset.json is not valid.
+        ModelError: if the model in `labels` is not valid.
 
     Example:
         evaluation = segkit.evaluate("predictions", "references")
@@ -398,6 +398,16 @@ def _score_pair(
     tolerance_mm: float,
     rules: PictureRules,
 ) -> list[CaseScores]:
+    """Scores of each class or region of one case. Raises VolumeError.
+
+    Args:
+        case: name of the case.
+        prediction_path: the prediction; None for an empty one.
+        reference_path: the reference.
+        labelling: the classes or regions.
+        tolerance_mm: tolerance of the normalised surface Dice.
+        rules: how pictures are read.
+    """
     prediction, reference = _read_pair(prediction_path, reference_path, rules)
     grid = reference.grid
     shape: tuple[int, ...] = grid.shape

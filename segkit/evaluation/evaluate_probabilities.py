@@ -10,16 +10,8 @@ from segkit.data.label_numbers import within
 from segkit.errors import ConfigError, VolumeError
 from segkit.evaluation.calibration import Calibration
 from segkit.io.picture_rules import PictureRules
-from segkit.io.volume import (
-    AS_IT_SAYS,
-    SUFFIXES,
-    is_picture,
-    numbers_suffix,
-    read_labels,
-    read_volume,
-    stem_of,
-    suffix_of,
-)
+from segkit.io.volume import AS_IT_SAYS, read_labels, read_volume
+from segkit.io.volume_names import SUFFIXES, is_picture, numbers_suffix, stem_of, suffix_of
 from segkit.system.progress import Track, untracked
 
 

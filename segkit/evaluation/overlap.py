@@ -65,22 +65,6 @@ class Overlap:
     false_negative: Int64[Tensor, "*classes"]
 
     @classmethod
-    def from_confusion(
-        cls, confusion: Int64[Tensor, "*batch num_classes num_classes"]
-    ) -> "Overlap":
-        """Overlap of every class.
-
-        Args:
-            confusion: a matrix with reference labels as rows, or a batch of such matrices.
-        """
-        true_positive = confusion.diagonal(dim1=-2, dim2=-1)
-        return cls(
-            true_positive=true_positive,
-            false_positive=confusion.sum(dim=-2) - true_positive,
-            false_negative=confusion.sum(dim=-1) - true_positive,
-        )
-
-    @classmethod
     def of_groups(
         cls,
         confusion: Int64[Tensor, "num_classes num_classes"],
@@ -117,7 +101,14 @@ class Overlap:
         num_labels: int,
         ignore: int | None = None,
     ) -> "Overlap":
-        """Overlap of groups of labels in two label maps with the labels 0 … `num_labels` - 1."""
+        """Overlap of groups of labels in two label maps with the labels 0 … `num_labels` - 1.
+
+        Args:
+            prediction, reference: label maps of the same shape.
+            groups: the labels of each group.
+            num_labels: number of labels, the background included.
+            ignore: voxels with this reference label do not count.
+        """
         found, right = (torch.from_numpy(each.astype(np.int64)) for each in (prediction, reference))
         return cls.of_groups(confusion_matrix(found, right, num_labels), groups, ignore=ignore)
 

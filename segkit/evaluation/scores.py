@@ -204,6 +204,7 @@ def _score_class(
     tolerance_mm: float,
     unit: Unit,
 ) -> CaseScores:
+    """Scores of one class, from its masks. The arguments are those of `score_case`."""
     distances = surface_distances(prediction_mask, reference_mask, spacing, directions)
     tp = int(np.count_nonzero(prediction_mask & reference_mask))
     fp = int(np.count_nonzero(prediction_mask)) - tp
@@ -232,7 +233,7 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
     Args:
         rows: one for each class and case.
         num_resamples: number of bootstrap resamples.
-        seed: of the resamples.
+        seed: seed of the resamples.
 
     Raises:
         ValueError: if a row is missing or double, or tolerances or units differ.
@@ -294,7 +295,7 @@ def statistic_of(
     Args:
         scores: the score of each class in each case; NaN if it is undefined.
         num_resamples: number of bootstrap resamples.
-        seed: of the resamples.
+        seed: seed of the resamples.
     """
     defined = [of_class[~np.isnan(of_class)] for of_class in scores]
     defined = [of_class for of_class in defined if len(of_class)]

@@ -1,9 +1,9 @@
 """One temperature for all probabilities of a model, fitted on cases that it was not trained on.
 
-A network that is trained long promises too much: of the voxels that it gives 99 %, fewer are right.
-Guo et al. (2017, arXiv:1706.04599, section 4.2) divide its logits by one number T, which is fitted
-by the negative log likelihood. Labels stay as they are. Probabilities p of classes become
-p^(1/T) / sum of p^(1/T), which is the same as dividing the logits.
+A network that is trained long is overconfident: of the voxels with a probability of 99 %, fewer
+than 99 % are right. Guo et al. (2017, arXiv:1706.04599, section 4.2) divide its logits by one
+number T, which is fitted by the negative log likelihood. Labels do not change. Probabilities p of
+classes become p^(1/T) / sum of p^(1/T), which is the same as dividing the logits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,8 @@ LOWEST, HIGHEST = 0.05, 20.0
 NEAR_LIMIT = 0.01
 """A temperature that is nearer to a limit than this share of it lies at the limit."""
 LEAST_LIKELY = {False: 1e-30, True: 1e-7}
-"""A probability of classes (False) or regions (True) below this counts as this in a logarithm: what
-single precision holds of p, and of 1 - p."""
+"""Smallest probability in a logarithm, for classes (False) and regions (True). For regions, 1 - p
+must also differ from 0 in single precision."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Temperature:
     """A temperature, and its effect on the probabilities that it was fitted on."""
 
     value: float
-    """Logits are divided by it. A value above 1 means that the probabilities were too sure."""
+    """Logits are divided by it. A value above 1 means that the probabilities were too extreme."""
     cases: int
     voxels: int
     log_loss: tuple[float, float]
@@ -57,7 +57,7 @@ class Temperature:
 
     @property
     def told(self) -> str:
-        """One line that says all of it."""
+        """The temperature and its effect in one line."""
         limit = ""
         if self.at_limit:
             end, wrong = ("lower", "unsure") if self.value < 1 else ("upper", "sure")
@@ -99,7 +99,7 @@ class HeldOutVoxels:
         members: the numbers in references that each output stands for, in the order of the outputs;
             the background first if they are classes.
         are_regions: whether outputs are regions, each yes or no.
-        num_cases: that will be added, among which memory is shared.
+        num_cases: number of cases that will be added. Each gets an equal share of the voxels.
         ignore: the number of voxels that nobody labelled.
     """
 
@@ -113,7 +113,7 @@ class HeldOutVoxels:
     def add(
         self, probabilities: Float[ndarray, "*space outputs"], reference: Integer[ndarray, "*grid"]
     ) -> None:
-        """Draw voxels of a case, the same ones each time; those that are ignored are left out."""
+        """Draw voxels of a case, the same ones each time; ignored voxels are left out."""
         outputs = len(self.members)
         share = MOST_PROBABILITIES // max(self.num_cases, 1) // outputs
         most = min(max(share, FEWEST_VOXELS), MOST_VOXELS)
@@ -126,7 +126,7 @@ class HeldOutVoxels:
             places = np.sort(random.choice(places, most, replace=False))
         if not len(places):
             return
-        # By axes, as probabilities may lie in a file and in another order.
+        # By index along each axis, because the order in memory may differ, for example in a file.
         axes = np.unravel_index(places, reference.shape)
         found = probabilities[axes].astype(np.float32)
         self.probabilities.append(found)
@@ -134,7 +134,7 @@ class HeldOutVoxels:
         self.within.append(np.stack([np.isin(truth[places], group) for group in groups], axis=1))
 
     def fit(self) -> Temperature | None:
-        """The temperature of the least negative log likelihood; None without any voxel."""
+        """The temperature with the lowest negative log likelihood; None if there is no voxel."""
         if not self.probabilities:
             return None
         found = np.concatenate(self.probabilities)
@@ -167,7 +167,7 @@ def fit_temperature(
     """The temperature that makes the true classes most likely, between 0.05 and 20.
 
     Args:
-        probabilities: of classes, which add up to 1, or of regions.
+        probabilities: probabilities of classes, which add up to 1, or of regions.
         within: whether each output holds at each voxel.
         are_regions: whether outputs are regions, each yes or no.
     """
@@ -185,7 +185,13 @@ def fit_temperature(
 def tempered(
     probabilities: Float[ndarray, "voxels outputs"], temperature: float, *, are_regions: bool
 ) -> Float64[ndarray, "voxels outputs"]:
-    """Probabilities as those of logits that were divided by a temperature."""
+    """The probabilities that follow if the logits are divided by a temperature.
+
+    Args:
+        probabilities: probabilities of classes, which add up to 1, or of regions.
+        temperature: the divisor, above 0.
+        are_regions: whether outputs are regions.
+    """
     known = np.maximum(probabilities.astype(np.float64), LEAST_LIKELY[are_regions])
     if are_regions:
         odds = (np.log(np.maximum(1 - known, LEAST_LIKELY[True])) - np.log(known)) / temperature
@@ -202,7 +208,7 @@ def _log_loss(
     within: Bool[ndarray, "voxels outputs"],
     are_regions: bool,
 ) -> float:
-    """The mean of -log of the probability of the true class; of regions, the mean over them."""
+    """The mean of -log of the probability of the true class; for regions, the mean over regions."""
     if are_regions:
         true = np.where(within, probabilities, 1 - probabilities)
         return float(-np.log(np.maximum(true, LEAST_LIKELY[True])).mean())

@@ -8,23 +8,16 @@ from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
 from segkit.evaluation.evaluate import tolerance_of
-from segkit.evaluation.pairing import called, pair_by_name, references_in
+from segkit.evaluation.references import references_in
 from segkit.explain.attribution.attribute import AttributionSettings, Method
 from segkit.explain.display import Verdict
-from segkit.explain.explain_scan import (
-    ENDINGS,
-    FIGURES,
-    PAGE,
-    TABLE,
-    Explanation,
-    explain_volume,
-    facts_of,
-)
+from segkit.explain.explain_scan import explain_volume, facts_of
+from segkit.explain.explanation import ENDINGS, FIGURES, PAGE, TABLE, Explanation
 from segkit.explain.heads.reach import HeadReach
-from segkit.explain.heads.study import CaseOnDisk, PositionFigures, head_table, study_heads
 from segkit.explain.measures.measure_maps import TOLERANCE_MM
 from segkit.explain.page.cohort_page import CaseFigures, cohort_text
 from segkit.explain.page.parts import rows_as_csv
+from segkit.explain.references import find_references
 from segkit.explain.verdicts.ablation import Ablation
 from segkit.explain.verdicts.identity import (
     IDENTITY,
@@ -56,7 +49,6 @@ from segkit.system.progress import Track, untracked
 PIXELS_OF_POINTING = 5.0
 """The default tolerance of pointing for pictures."""
 
-HEADS = ("heads.csv", "heads.json")
 COHORT = "cohort.csv"
 COHORT_FIGURES = "cohort.json"
 Conclude = Callable[[Sequence[Verdict]], None]
@@ -126,7 +118,7 @@ def explain_files(
         inputs: the volumes.
         folder: the folder to write the files to.
         references: the label file of the only volume, a folder of labels, or a dataset. Files of a
-            folder or dataset are paired with the volumes as in `find_pairs`. Classes that a dataset
+            folder or dataset are paired with the volumes as in `pair_with`. Classes that a dataset
             calls unlabelled in a case (`data.labelled`) do not count there. If None, the model's
             own labels replace the reference.
         tolerance: largest distance from a structure at which a map's highest value still counts as
@@ -247,7 +239,18 @@ def _write_cohort(
     made: Mapping[str, Any],
     conclude: Conclude,
 ) -> None:
-    """Write the files that summarise several volumes; remove outdated ones."""
+    """Write the files that summarise several volumes; remove outdated ones.
+
+    Args:
+        folder: the folder to write to.
+        cases: measures and Dice of each scan.
+        worths: verdicts and evidence of each scan; empty if not wanted.
+        study: results of `identity`, if wanted.
+        facts: the model and the settings, in words.
+        left_out: the reason for each scan that failed.
+        made: provenance.
+        conclude: is called with the verdicts over all scans.
+    """
     if left_out:
         facts["scans left out"] = "; ".join(left_out)
     write_text(folder / COHORT, rows_as_csv(row for case in cases for row in case.rows()))
@@ -276,82 +279,6 @@ def _write_cohort(
 def case_folder(source: Input, inputs: Sequence[Input], folder: Path) -> Path:
     """The folder for the files of one volume: `folder` itself if there is only one volume."""
     return folder if len(inputs) == 1 else folder / source.file_name
-
-
-def explain_heads(
-    predictor: Predictor,
-    inputs: Sequence[Input],
-    references: Path,
-    folder: Path,
-    *,
-    overwrite: bool = False,
-    track: Track = untracked,
-) -> list[PositionFigures]:
-    """Study the attention heads on volumes with references; write `heads.csv` and `heads.json`.
-
-    Args:
-        predictor: runs the model.
-        inputs: the volumes.
-        references: their labels, as in `explain_files`.
-        folder: the folder to write the two files to.
-        overwrite: whether existing files may be replaced.
-        track: reports the progress.
-
-    Returns:
-        The figures of each position in the network that has heads.
-
-    Raises:
-        VolumeError: if a file exists, or a reference is missing or does not fit its volume.
-        ModelError: if the model has no attention heads.
-    """
-    table, whole = (folder / each for each in HEADS)
-    refuse_existing([table, whole], overwrite=overwrite)
-    paths = find_references(inputs, references)
-    known = references_in(references)
-    structures = known.rules.structures
-    cases = [
-        CaseOnDisk(
-            replace(source, rules=replace(source.rules, structures=structures)),
-            paths[source.name],
-            known.unlabelled.get(paths[source.name], ()),
-        )
-        for source in inputs
-    ]
-    figures = study_heads(predictor, cases, track=track)
-    write_text(table, rows_as_csv(head_table(figures)))
-    write_json(
-        whole,
-        {
-            "cases": [case.name for case in cases],
-            PROVENANCE: {
-                **made_by(
-                    predictor,
-                    models_and_settings(predictor),
-                    (file for source in inputs for file in source.files),
-                ),
-                "reference": checksums(paths.values()),
-            },
-            "positions": [
-                {
-                    "position": position.position,
-                    "answer": position.answer(),
-                    "p_value": position.p_value,
-                    "dice": position.dice,
-                    "dice_without_any": position.dice_without_any,
-                    "dice_least_important_masked_first": position.least_first,
-                    "dice_most_important_masked_first": position.most_first,
-                    "heads": [vars(head) for head in position.heads],
-                }
-                for position in figures
-            ],
-        },
-    )
-    return figures
-
-
-def remove_heads(folder: Path) -> None:
-    """Remove the files of an earlier study of heads, which would not belong to the new results."""
-    _remove((folder / each for each in HEADS), but=())
 
 
 def check_targets(inputs: Sequence[Input], folder: Path, *, overwrite: bool) -> list[Path]:
@@ -414,36 +341,3 @@ def _remove(paths: Iterable[Path], *, but: Collection[Path]) -> None:
     for path in paths:
         if path not in but:
             path.unlink(missing_ok=True)
-
-
-def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path]:
-    """The reference file of each input, by the input's name.
-
-    Args:
-        inputs: the volumes. If some lie among the references, they are not taken for references.
-        references: the label file of the only volume, or a folder of labels or a dataset, whose
-            files are paired with the inputs as in `find_pairs`.
-
-    Raises:
-        VolumeError: if an input has no reference or more than one.
-    """
-    known = references_in(references)
-    if [volume.path for volume in known.volumes] == [references]:
-        if len(inputs) > 1:
-            raise VolumeError(
-                f"{references}: expected a reference for each of {len(inputs)} volumes, but this "
-                f"is a single file; give a folder of references"
-            )
-        return {source.name: references for source in inputs}
-    scans = {file.resolve() for source in inputs for file in source.files}
-    labels = [volume for volume in known.volumes if volume.path.resolve() not in scans]
-    named = {source.files[0]: source.name for source in inputs}
-    pairing = pair_by_name([called(file, name) for file, name in named.items()], labels)
-    found = {named[scan]: label for _, scan, label in pairing.pairs}
-    for source in inputs:
-        if source.name not in found:
-            raise VolumeError(
-                f"{references}: contains no reference called {source.name}; add it or leave out "
-                f"this volume"
-            )
-    return found

@@ -106,22 +106,26 @@ def export_model(
         model: a trained model.
         form: 'onnx', 'openvino', 'pt2' (a program of `torch.export`) or 'monai-bundle'.
         out: a file .onnx, .xml (for OpenVINO, with a .bin beside it) or .pt2, or a bundle's folder.
-        overlap: share of a window that neighbours have in common, written to the export for the
-            program that runs it.
+        overlap: share of a window that neighbours have in common, in [0, 1), written to the export
+            for the program that runs it.
         check: run the export and compare it with PyTorch.
-        scan: the volume for the check; noise if not given.
+        scan: the volume for the check. If None, noise is used; a check of float16 or int8 needs a
+            scan.
         overwrite: replace an existing file or bundle at `out`.
         precision: 'float32', 'float16' (ONNX, OpenVINO) or 'int8' (ONNX).
-        calibration: real scans, on which int8 measures the range of features.
-        reference: labels of `scan`. If given, the check of a lower precision scores both.
+        calibration: real scans, on which int8 measures the range of features. Only int8 uses them,
+            and it needs at least one.
+        reference: labels of `scan`, only for float16 and int8. If given, the check also computes
+            the Dice of the labels in float32 and in the lower precision.
         any_size: the file takes windows of any size, not only of the model's patch (ONNX).
 
     Returns:
         The files that were written, and the result of the check.
 
     Raises:
-        ModelError: the form cannot hold the network, `out` has another suffix, or a package that
-            the form needs is not installed.
+        ModelError: the form cannot hold the network, has no such precision or takes no windows of
+            any size; `out` has another suffix; `scan` or `calibration` is missing, or given for
+            float32; or a package that the form needs is not installed.
         VolumeError: `out` exists already.
     """
     out = Path(out)

@@ -45,7 +45,7 @@ def export_onnx(
     Args:
         model: a trained model.
         file: .onnx.
-        overlap: of windows, as the export tells deployers.
+        overlap: share of a window that neighbours have in common, written to the export.
         any_size: True if the spatial axes may have any length that is a multiple of the network's
             strides. Before the file appears, it is run at another size and compared with PyTorch.
 
@@ -98,6 +98,11 @@ def export_openvino(model: Model, file: Path, *, overlap: float = 0.5) -> RunGra
 
     The JSON of `deployment` is in `rt_info` under 'segkit'.
 
+    Args:
+        model: a trained model.
+        file: .xml.
+        overlap: share of a window that neighbours have in common, written to the export.
+
     Raises:
         ModelError: OpenVINO cannot hold the network, or is not installed.
     """
@@ -131,7 +136,7 @@ def export_reduced(
         file: .onnx, or .xml with .bin beside it.
         precision: float16 or int8.
         calibration: real scans, on which int8 measures the range of features.
-        overlap: of windows, as the export tells deployers.
+        overlap: share of a window that neighbours have in common, written to the export.
         any_size: True if windows may have any size; only for ONNX.
 
     Raises:
@@ -188,6 +193,11 @@ def export_pt2(model: Model, file: Path, *, overlap: float = 0.5) -> RunGraph:
     """Write a model as a program of `torch.export`, and return a function that runs it.
 
     The JSON of `deployment` is the extra file 'segkit'.
+
+    Args:
+        model: a trained model.
+        file: .pt2.
+        overlap: share of a window that neighbours have in common, written to the export.
 
     Raises:
         ModelError: `torch.export` cannot hold the network.

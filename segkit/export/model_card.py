@@ -22,16 +22,16 @@ HUB_LICENCES = (
 """Licences that a hub knows by these names; it calls all others `other`."""
 NOT_STATED = "The author has not stated it."
 MEANT_FOR = (
-    "Research. This is no medical device, and its answers are not for the care of patients. The "
+    "Research. This is not a medical device; do not use its results for the care of patients. The "
     "author has not stated any other intended use."
 )
 KNOWN_LIMITS = (
-    "Scores are those of the cases described above. On scans of other scanners, sites, protocols, "
-    "ages or diseases it may do worse, and it does not say so. Try it on your own labelled scans "
-    "first (`segkit evaluate`)."
+    "Scores are those of the cases described above. The model may be worse on scans from other "
+    "scanners, sites, protocols, ages or diseases, and it gives no warning. Try it on your own "
+    "labelled scans first (`segkit evaluate`)."
 )
 SHORTEST_INTERVAL = 2
-"""Fewest scores of which an interval is shown."""
+"""Smallest number of scores for which an interval is shown."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,16 @@ def card_text(
     Args:
         name: name of the model.
         address: the value of `--model` that loads it.
-        descriptions: of the model, or of the model of each fold.
+        descriptions: the description of the model, or of the model of each fold.
         facts: settings, scores and verdicts.
         words: the author's statements.
         picture: name of the file with a picture, if one is shared.
     """
     described = descriptions[0]
     names = _listed(list(described.labels)[1:])
-    folds = f" {len(descriptions)} models, whose answers are averaged." * (len(descriptions) > 1)
+    folds = f" {len(descriptions)} models, whose predictions are averaged." * (
+        len(descriptions) > 1
+    )
     parts = [
         _header(words, described),
         f"# {_plain(name)}",
@@ -82,7 +84,7 @@ def card_text(
             ((number, label) for label, number in described.labelling.numbers_in_files.items()),
         ),
         "## Data",
-        words.data or f"Where the training data come from: {NOT_STATED[0].lower()}{NOT_STATED[1:]}",
+        words.data or f"Source of the training data: {NOT_STATED[0].lower()}{NOT_STATED[1:]}",
         _cases(facts),
         "## Plan",
         _plan(described, facts),
@@ -123,13 +125,12 @@ def _cases(facts: SharedFacts) -> str:
     if facts.training.get("folds") and held_out:
         return (
             f"{counted(held_out, 'case')} in {counted(facts.training['folds'], 'fold')}: each "
-            f"was held out by one model "
-            f"and trained the others."
+            f"was held out by one model, and the others were trained on it."
         )
     if trained is None or held_out is None:
-        return "How many cases trained it is not known, because only the model was shared."
+        return "The number of training cases is not known, because only the model was shared."
     others = f"{held_out} other{' was' if held_out == 1 else 's were'}"
-    return f"{counted(trained, 'case')} trained the model; {others} held out for its scores."
+    return f"The model was trained on {counted(trained, 'case')}; {others} held out to score it."
 
 
 def _plan(described: ModelDescription, facts: SharedFacts) -> str:

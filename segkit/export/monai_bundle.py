@@ -68,6 +68,12 @@ def export_bundle(
 ) -> None:
     """Write a model as a bundle.
 
+    Args:
+        model: a trained model.
+        folder: the folder of the bundle.
+        overlap: share of a window that neighbours have in common.
+        overwrite: whether an existing bundle may be replaced.
+
     Raises:
         ModelError: the model has a first stage, TorchScript cannot hold the network, or `folder`
             exists and is not a bundle.

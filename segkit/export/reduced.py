@@ -1,8 +1,8 @@
 """ONNX in float16 or int8, and OpenVINO in float16: smaller files, and how well they predict.
 
-int8 is ONNX Runtime's static quantisation (https://onnxruntime.ai, "Quantize ONNX models"): kernels
-over more than one voxel have one scale per output channel, and the range of the features before
-them is measured on windows of real scans. Gates, heads and normalisation stay in float32.
+int8 is ONNX Runtime's static quantisation (https://onnxruntime.ai, "Quantize ONNX models"). Kernels
+over more than one voxel have one scale per output channel. The range of the features before them
+is measured on windows of real scans. Gates, heads and normalisation stay in float32.
 """
 
 import math
@@ -35,7 +35,7 @@ ExportPrecision = Literal["float32", "float16", "int8"]
 LEAST_SAME: dict[ExportPrecision, float] = {"float16": 0.999, "int8": 0.98}
 """The least share of voxels that must have the label of float32."""
 MOST_WINDOWS = 24
-"""On which ranges are measured."""
+"""Largest number of windows on which ranges of features are measured."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ def check_reduced(
     """Predict a scan with both graphs, and compare the labels and the times.
 
     Args:
-        model: of both graphs.
+        model: the model of both graphs.
         whole: the graph in float32.
         reduced: the graph in the lower precision.
-        precision: of that graph.
+        precision: precision of the second graph.
         scan: a real scan.
         reference: labels of the scan, as files hold them.
     """
@@ -145,7 +145,7 @@ def halved(graph: Any) -> Any:
     blocked = [*float16.DEFAULT_OP_BLOCK_LIST, "InstanceNormalization", "Resize"]
     with only_errors():
         half = float16.convert_float_to_float16(graph, keep_io_types=True, op_block_list=blocked)
-        # The casts of inputs stand last, behind what takes them.
+        # The converter puts the casts of inputs last, after the nodes that use them.
         sorted_nodes = ONNXModel(half)
         sorted_nodes.topological_sort()
         return sorted_nodes.model

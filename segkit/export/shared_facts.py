@@ -206,7 +206,7 @@ def found_verdicts(run: Path, folders: Sequence[Path]) -> SharedVerdicts | None:
         for path in sorted(run.rglob(name)):
             try:
                 found.append(read_verdicts(path, folders))
-            except ModelError:  # of another model, or without verdicts
+            except ModelError:  # it belongs to another model, or has no verdicts
                 continue
     return max(found, key=lambda verdicts: verdicts.scans, default=None)
 

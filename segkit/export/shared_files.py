@@ -86,7 +86,7 @@ def write_shared(
     for model, target in zip(folders, targets, strict=True):
         _copy_model(model, target, name)
         if load_description(target).network.given is None:
-            load_model(target)  # whatever is shared can be read
+            load_model(target)  # checks that the shared model can be read
     write_text(folder / SUMS, "".join(_sums(folder)))
     if facts.config is not None:
         write_text(folder / CONFIG, config_text(facts.config))
@@ -129,7 +129,7 @@ def _copy_model(source: Path, target: Path, name: str) -> None:
         else:
             save_file(load_file(source / WEIGHTS), target / WEIGHTS)
     except SafetensorError as error:
-        raise ModelError(f"{source / WEIGHTS}: cannot be read: {error}; train it anew") from None
+        raise ModelError(f"{source / WEIGHTS}: cannot be read: {error}; train it again") from None
     for number in range(description.first_stage.models if description.first_stage else 0):
         _copy_model(source / FIRST / str(number), target / FIRST / str(number), name)
 

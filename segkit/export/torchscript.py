@@ -49,6 +49,11 @@ def export_torchscript(model: Model, file: Path, metadata: Mapping[str, Any]) ->
 
     It takes any number of windows of the model's patch size, on any device.
 
+    Args:
+        model: a trained model.
+        file: .ts.
+        metadata: the content of MONAI's metadata.json, which is stored in the file.
+
     Raises:
         ModelError: PyTorch cannot trace the network.
     """

@@ -29,7 +29,24 @@ FAR_BELOW = -30.0
 
 @dataclass(frozen=True, kw_only=True)
 class WholeVolume:
-    """Computes the logits of every voxel of a scan. MONAI calls it like an `Inferer`."""
+    """Computes the logits of every voxel of a scan. MONAI calls it like an `Inferer`.
+
+    Axes are in RAS+ order. `WholeVolume` uses neither mirror images nor an ensemble.
+
+    Example:
+        >>> inferer = WholeVolume(
+        ...     spacing=(2.0, 2.0, 2.0),
+        ...     normalisation=[{"kind": "zscore", "nonzero": False}],
+        ...     interpolation="linear",
+        ...     patch_size=(16, 16, 16),
+        ...     overlap=(0.5, 0.5, 0.5),
+        ...     multiple=(1, 1, 1),
+        ... )
+        >>> image = torch.rand(1, 40, 48, 20)  # (channel, x, y, z)
+        >>> network = torch.nn.Conv3d(1, 2, kernel_size=1)
+        >>> inferer.logits(image, (1.0, 1.0, 3.0), network).shape  # (class, x, y, z)
+        torch.Size([2, 40, 48, 20])
+    """
 
     spacing: Sequence[float]
     """Spacing of the network's voxels, in mm."""
@@ -53,7 +70,15 @@ class WholeVolume:
     become background."""
 
     def __call__(self, image: Any, network: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits (1, output, x, y, z) of a MetaTensor of MONAI, (1, channel, x, y, z)."""
+        """Logits of a MetaTensor of MONAI.
+
+        Args:
+            image: (1, channel, x, y, z); its `affine` gives the spacing in mm.
+            network: as for `logits`.
+
+        Returns:
+            Logits (1, output, x, y, z).
+        """
         affine = np.asarray(image.affine, dtype=np.float64).reshape(-1, 4, 4)[0]
         own_spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
         return self.logits(image.as_tensor()[0], own_spacing, network)[None]
@@ -68,6 +93,9 @@ class WholeVolume:
             image: (channel, x, y, z).
             own_spacing: spacing of the image, in mm.
             network: maps windows (batch, channel, *patch) to logits (batch, output, *patch).
+
+        Returns:
+            Logits (output, x, y, z) on the grid of the image, float32.
         """
         axes = [
             Axis(size, own, wanted)
@@ -113,7 +141,14 @@ class WholeVolume:
         axes: Sequence["Axis"],
         network: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Logits on the network's grid: the mean over windows, weighted by a Gaussian."""
+        """Logits on the network's grid: the mean over windows, weighted by a Gaussian.
+
+        Args:
+            prepared: the image at the network's spacing, normalised.
+            image: the image before; it decides which windows are empty.
+            axes: the three axes.
+            network: maps windows to logits.
+        """
         size = prepared.shape[1:]
         starts = [
             starts_of_windows(*numbers)
@@ -243,7 +278,14 @@ def linear(values: Tensor, positions: np.ndarray, axis: int) -> Tensor:
 
 
 def starts_of_windows(size: int, patch: int, overlap: float, multiple: int) -> list[int]:
-    """First voxels of the windows of an axis, evenly spaced multiples of `multiple`."""
+    """First voxels of the windows of an axis, evenly spaced multiples of `multiple`.
+
+    Args:
+        size: number of voxels of the axis.
+        patch: size of a window, in voxels.
+        overlap: share of a window that neighbours have in common at least.
+        multiple: number of which all starts are multiples.
+    """
     last = max(math.ceil(size / multiple) * multiple - patch, 0)
     step = max(math.floor(patch * (1 - overlap) / multiple), 1) * multiple
     count = math.ceil(last / step)

@@ -75,9 +75,11 @@ class Grid:
     """A block of voxels: its shape, and the affine from voxel indices to world coordinates (mm).
 
     Example:
-        grid = Grid((40, 48, 20), np.diag([1.0, 1.0, 3.0, 1.0]))
-        grid.spacing  # (1.0, 1.0, 3.0) mm
-        grid.world(np.array([2.0, 0.0, 1.0]))  # array([2., 0., 3.])
+        >>> grid = Grid((40, 48, 20), np.diag([1.0, 1.0, 3.0, 1.0]))
+        >>> grid.spacing  # in mm
+        (1.0, 1.0, 3.0)
+        >>> grid.world(np.array([2.0, 0.0, 1.0]))  # in mm
+        array([2., 0., 3.])
     """
 
     shape: tuple[int, int, int]
@@ -115,8 +117,9 @@ class Grid:
     def positions_of(self, other: "Grid") -> tuple[ndarray, ndarray, ndarray]:
         """Fractional indices on this grid of the voxel centres of `other`, for each axis.
 
-        The axes of both grids must be parallel: one grid was made from the other by placing,
-        cropping or respacing. Indices are rounded to 1e-9, so that equal grids give whole numbers.
+        The axes of both grids must be parallel: one grid was made from the other by `placed`,
+        `with_spacing` or cropping. Indices are rounded to 1e-9, so that equal grids give whole
+        numbers.
         """
         step = np.linalg.inv(self.affine) @ other.affine
         assert np.abs(step[:3, :3] - np.diag(np.diag(step)[:3])).max() < 1e-4, "axes differ"
@@ -132,8 +135,11 @@ class Grid:
         Headers round numbers: a spacing of 0.703125 mm may be written as 0.7031, which shifts the
         last of 512 voxels by 2 % of a voxel. So each voxel may lie up to a tenth of a voxel (along
         each axis) from its counterpart, and the steps between voxels may differ by 1 % of a voxel.
-        If a `tolerance` is given, no corner may lie further apart than so many mm along x, y or z
-        instead.
+
+        Args:
+            other: the other grid.
+            tolerance: if given, corners may lie up to so many mm apart along x, y and z, instead of
+                the tenth of a voxel.
         """
         if tolerance is None:
             return not self.difference_from(other)
@@ -229,15 +235,17 @@ def _distinct_texts(one: Sequence[float], other: Sequence[float]) -> tuple[str, 
 
 @dataclass(frozen=True)
 class Orientation:
-    """The directions of an array's axes in the patient, and the turn to RAS+ order and back.
+    """The directions of an array's axes in the patient. It turns arrays to RAS+ order and back.
 
     `order[i]` is the array axis that runs along world axis i; `flip[i]` is true if it runs in the
-    opposite direction. Turning gives a view: no voxel is copied or interpolated.
+    opposite direction. A turned array is a view: no voxel is copied or interpolated.
 
     Example:
-        orientation = Orientation.of(scan.grid.affine)
-        orientation.code  # such as "LPS"
-        orientation.turn(scan.data)  # the same voxels, with axes in RAS+ order
+        >>> orientation = Orientation.of(np.diag([-1.0, -1.0, 2.5, 1.0]))
+        >>> orientation.code
+        'LPS'
+        >>> orientation.turn(np.arange(2).reshape(2, 1, 1)).ravel()  # in RAS+ order
+        array([1, 0])
     """
 
     order: tuple[int, int, int]
@@ -308,9 +316,10 @@ class Placement:
     from the input down (Araujo et al. 2019, "Computing Receptive Fields of CNNs", Sec. 2.2).
 
     Example:
-        image = Placement.identity(num_axes=3)
-        level = image.through(kernel=(2, 2, 2), stride=(2, 2, 2), padding=(0, 0, 0))
-        level.stride, level.offset  # ((2, 2, 2), (0.5, 0.5, 0.5))
+        >>> image = Placement.identity(num_axes=3)
+        >>> level = image.through(kernel=(2, 2, 2), stride=(2, 2, 2), padding=(0, 0, 0))
+        >>> level.stride, level.offset  # in voxels of the image
+        ((2.0, 2.0, 2.0), (0.5, 0.5, 0.5))
     """
 
     stride: tuple[float, ...]
@@ -328,7 +337,14 @@ class Placement:
         padding: Sequence[int],
         dilation: Sequence[int] | None = None,
     ) -> "Placement":
-        """The placement of a layer's output, for a kernel, stride, padding, dilation per axis."""
+        """The placement of a layer's output.
+
+        Args:
+            kernel: size of the layer's kernel along each axis, in cells of its input.
+            stride: its stride along each axis.
+            padding: number of cells that are added before the first cell of each axis.
+            dilation: distance between neighbouring kernel elements along each axis; 1 if None.
+        """
         dilation = dilation or (1,) * len(kernel)
         local = [d * (k - 1) / 2 - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
         return Placement(

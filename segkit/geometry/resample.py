@@ -17,6 +17,8 @@ from jaxtyping import Float, Integer
 from numpy import ndarray
 from torch import Tensor
 
+from segkit.geometry.memory_order import slowest_first
+
 Order = Literal[0, 1, 3]
 
 # The spline through a 1 among zeros has the B-spline coefficients √3 · POLE^|k| at knot k.
@@ -49,12 +51,13 @@ def sample_axis(
         axis: the axis to resample.
         order: 0 for the nearest voxel, 1 for linear, 3 for the cubic spline.
     """
-    memory_order = sorted(range(values.ndim), key=values.stride, reverse=True)
+    memory_order = slowest_first(values.stride())
     sampled = _sampled(values.permute(memory_order), positions, memory_order.index(axis), order)
     return sampled.permute([memory_order.index(dimension) for dimension in range(values.ndim)])
 
 
 def _sampled(values: Tensor, positions: ndarray, axis: int, order: Order) -> Tensor:
+    """The result of `sample_axis`, for values whose axes have the order of memory."""
     if order == 0:
         positions = nearest(positions)
     size = values.shape[axis]
@@ -80,6 +83,12 @@ def resample(
     """Values at the grid of fractional indices `positions`, with one vector per axis.
 
     The axis that shrinks most is resampled first, which leaves less work for the others.
+
+    Args:
+        values: the values.
+        positions: fractional indices along each axis.
+        orders: order along each axis: 0 for the nearest voxel, 1 for linear, 3 for the cubic
+            spline.
     """
     ratios = [
         len(samples) / size for samples, size in zip(positions, values.shape[1:], strict=True)
@@ -119,6 +128,11 @@ def resample_labels(
 
     Along an axis of order 1 the weights are linear; along an axis of order 0 the nearest voxel has
     the whole weight.
+
+    Args:
+        labels: the label map.
+        positions: fractional indices along each axis.
+        orders: order along each axis: 0 or 1.
     """
     if labels.dtype in SELDOM_KNOWN:
         return resample_labels(labels.long(), positions, orders).to(labels.dtype)
@@ -165,7 +179,15 @@ def linear_weights(
 def _weighted_sums(
     values: Tensor, weights: ndarray, positions: ndarray, axis: int, radius: int
 ) -> Tensor:
-    """Weighted sums of voxels; weights are 0 further than `radius` beyond the two neighbours."""
+    """Weighted sums of voxels; weights are 0 further than `radius` beyond the two neighbours.
+
+    Args:
+        values: an array of any shape.
+        weights: (position, voxel), the weight of each voxel of the axis.
+        positions: fractional indices along the axis.
+        axis: the axis to resample.
+        radius: number of voxels beyond the two neighbours that may have a weight.
+    """
     size, shape = values.shape[axis], values.shape
     # At least single precision: in half precision, weights of opposite signs would cancel badly.
     kind = torch.promote_types(values.dtype, torch.float32)

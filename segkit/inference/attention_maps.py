@@ -209,7 +209,13 @@ def map_on_source(
 
 
 def _fill_beyond(onto: ndarray, shape: Sequence[int], first: ndarray) -> None:
-    """Write NaN outside a box of an array, a few rows at once."""
+    """Write NaN outside a box of an array, a few rows at once.
+
+    Args:
+        onto: the array, which is changed.
+        shape: size of the box.
+        first: first voxel of the box.
+    """
     x_box, y_box, rows_box = (
         slice(int(low), int(low) + size) for low, size in zip(first, shape, strict=True)
     )

@@ -1,9 +1,9 @@
-"""Results as BIDS derivatives: where they go, what they are called, and what describes them.
+"""Results as BIDS derivatives: their folders, their names, and the files that describe them.
 
 out/dataset_description.json
 out/desc-segkit_dseg.tsv                                     names of labels
 out/sub-01/ses-b/anat/sub-01_ses-b_desc-segkit_dseg.nii.gz   labels
-out/sub-01/ses-b/anat/sub-01_ses-b_desc-segkit_dseg.json     what made them
+out/sub-01/ses-b/anat/sub-01_ses-b_desc-segkit_dseg.json     their provenance
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from segkit.errors import VolumeError
 from segkit.io.atomic import write_json, write_text
 from segkit.io.inputs import Input
 from segkit.io.safe_text import read_json_object
-from segkit.io.volume import has_volume_suffix, is_picture
+from segkit.io.volume_names import has_volume_suffix, is_picture
 
 VERSION_OF_BIDS = "1.10.0"
 DESCRIBED = "desc-segkit"

@@ -21,7 +21,8 @@ from segkit.config.labels import Labelling
 from segkit.data.label_numbers import within
 from segkit.errors import SegkitError, VolumeError
 from segkit.io.atomic import whole
-from segkit.io.dicom import Series, arranged
+from segkit.io.dicom import arranged
+from segkit.io.dicom_listing import Series
 from segkit.io.pictures import label_colour
 from segkit.io.volume import Volume
 

@@ -108,7 +108,7 @@ def at_temperature(
 ) -> Float[Tensor, "classes x y rows"]:
     """Probabilities as if the logits had been divided by a temperature (Guo et al. 2017).
 
-    The largest stays the largest, and regions above 0 stay above 0.5 stays above it.
+    The order of probabilities does not change, and regions above 0.5 stay above 0.5.
     """
     smallest = torch.finfo(probabilities.dtype).tiny
     if regions:

@@ -78,7 +78,13 @@ def _sums(
 
 
 def _pooled(counts: ndarray, means: ndarray, squares: ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of the values of several labels together (Chan et al. 1983)."""
+    """Mean and standard deviation of the values of several labels together (Chan et al. 1983).
+
+    Args:
+        counts: number of voxels of each label.
+        means: mean of each label.
+        squares: sum of squared distances from the mean, of each label.
+    """
     total = counts.sum()
     if not total:
         return float("nan"), float("nan")

@@ -28,7 +28,7 @@ def write_maps(
     """Write every map of a volume.
 
     `STEM_map-skip.2-gate.nii.gz` is on the input's grid. The file of the same name in `native/` is
-    on the map's own grid. Both are float32 with the map's raw values, and NaN where no value was
+    on the map's own grid. Both are float32 with the map's raw values, and NaN if no value was
     computed. If the input is a picture, the first file is a TIFF (`.tif`) with the same pixels.
     `STEM_maps.json` describes each map; `file` is the name of its files, without the suffix. A map
     over channels has no position, so it is only in the JSON file.

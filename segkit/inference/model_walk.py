@@ -152,13 +152,13 @@ class ModelWalk:
     def has_room_for_next(self, volume: Volume) -> bool:
         """True if this volume's image can be prepared while the network runs on another volume.
 
-        Twice its bytes must then fit, where `prepare` puts it.
+        Twice its bytes must fit into the memory into which `prepare` puts it.
         """
         free = free_memory_of(self.device)
         return 2 * self.image_bytes(volume) < SHARE_FOR_IMAGE * free
 
     def image_bytes(self, volume: Volume) -> float:
-        """At most about so many bytes has a volume's image on the network's grid or on its own."""
+        """About the largest number of bytes that a volume's image needs while it is prepared."""
         source, wanted = volume.grid.spacing, self.model.description.spacing
         voxels = math.prod(
             size * (old / new + 1)
@@ -226,6 +226,11 @@ class ModelWalk:
         """Function from a batch of windows to logits and maps that have a position.
 
         With `spreads`, the variance between mirror images is the last channel of the logits.
+
+        Args:
+            maps: takes the maps over channels.
+            presence: a list to which the presence logits of each batch are added.
+            spreads: whether the variance between mirror images is computed.
         """
         keys = [
             *maps.infos,

@@ -32,7 +32,13 @@ class Results:
     arrays: dict[str, ndarray] = field(default_factory=dict)
 
     def add(self, name: str, kind: np.dtype[Any], beyond: Sequence[float]) -> None:
-        """Add a result; `beyond` holds, for each channel, the value outside the body's box."""
+        """Add a result; `beyond` holds, for each channel, the value outside the body's box.
+
+        Args:
+            name: name of the result.
+            kind: data type.
+            beyond: for each channel, the value outside the body's box.
+        """
         shape = self.prepared.orientation.turn_grid(self.source.grid).shape
         array = self.arrays[name] = self.allocate((*shape, len(beyond)), kind)
         for channel, value in enumerate(beyond):
@@ -41,7 +47,13 @@ class Results:
         release(array)
 
     def put(self, name: str, rows: slice, values: Float[Tensor, "channel x y rows"]) -> None:
-        """Write rows of the body's box."""
+        """Write rows of the body's box.
+
+        Args:
+            name: name of the result.
+            rows: the rows, within the box.
+            values: their values.
+        """
         place = self.arrays[name][self.prepared.box][:, :, rows]
         for channel, found in enumerate(values.cpu().numpy()):
             place[..., channel] = found

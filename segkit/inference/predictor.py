@@ -26,6 +26,7 @@ from segkit.data.first_stage_labels import majority
 from segkit.data.label_numbers import as_in_files, volume_within
 from segkit.data.preprocess import Prepared
 from segkit.errors import ModelError, SegkitError, VolumeError, counted
+from segkit.geometry.memory_order import slowest_first
 from segkit.inference import postprocess as components
 from segkit.inference.attention_maps import AttentionMap, MapCollector
 from segkit.inference.engines.out_of_memory import RowCombiner
@@ -44,8 +45,8 @@ from segkit.inference.output_arrays import Results
 from segkit.inference.source_rows import SourceRows, labels_of, pieces
 from segkit.inference.windows import stream
 from segkit.io.disk_arrays import Allocate, in_memory
-from segkit.io.nan_values import nan_as_zero
-from segkit.io.volume import Volume, value_problem
+from segkit.io.nan_values import nan_as_zero, value_problem
+from segkit.io.volume import Volume
 from segkit.model.folder import Model, load_model, model_folders
 from segkit.nn.network import SegmentationNetwork
 
@@ -160,7 +161,9 @@ class Predictor:
             A predictor of all these models together.
 
         Raises:
-            ModelError: a path has no model, or the models have different labels or channels.
+            ModelError: a path has no model, the models have different labels or channels, `network`
+                is given for several models, or `Predictor` raises it.
+            ConfigError: the features of a window need more memory than is free.
         """
         folders = [folder for path in paths for folder in model_folders(path, checkpoint)]
         if network is not None and len(folders) > 1:
@@ -215,7 +218,8 @@ class Predictor:
         Raises:
             ModelError: the channels do not fit, or the network's output contains NaN or infinity.
             VolumeError: the volume contains NaN or infinity, and a model was not trained with
-                `data.nan: background`; or a channel contains no finite number.
+                `data.nan: background`; a channel contains no finite number; or a picture has a
+                pixel size and the pictures in training had none, or the reverse.
         """
         if images is None:
             volume = self.with_numbers(volume)
@@ -384,10 +388,15 @@ class Predictor:
         expected = self.model.description.channels
         found = volume.data.shape[3] if volume.data.ndim == 4 else 1
         if found != len(expected):
+            advice = (
+                "use the channels of the training data"
+                if found > len(expected)
+                else "stack the channels in one volume, name their files CASE_0000, CASE_0001 and "
+                "so on, or pass a YAML file or a table that names the file of each channel"
+            )
             raise ModelError(
                 f"the model expects {counted(len(expected), 'channel')} ({', '.join(expected)}), "
-                f"found "
-                f"{found} in the volume; use the channels of the training data"
+                f"found {found} in the volume; {advice}"
             )
         if trouble := value_problem(volume.data):
             raise VolumeError(f"the volume {trouble}")
@@ -417,6 +426,9 @@ def segment_prepared(
         patch_size: size of windows in voxels.
         overlap: share of a window that neighbours have in common.
         written: the numbers of regions, in order; None if the outputs are classes.
+
+    Returns:
+        Labels (x, y, z).
     """
     device = next(network.parameters()).device
     on_gpu = device.type == "cuda"
@@ -435,10 +447,10 @@ def put_labels(target: Integer[ndarray, "x y z"], labels: Integer[Tensor, "x y z
 
     Their device converts and sorts them first, so that less is copied, and in the order in memory.
     """
-    slowest_first = sorted(range(target.ndim), key=lambda axis: -abs(target.strides[axis]))
+    order = slowest_first(target.strides)
     small = torch.uint8 if target.dtype.itemsize == 1 else torch.int32
-    sorted_labels = labels.to(small).permute(slowest_first).contiguous()
-    target.transpose(slowest_first)[...] = sorted_labels.cpu().numpy()
+    sorted_labels = labels.to(small).permute(order).contiguous()
+    target.transpose(order)[...] = sorted_labels.cpu().numpy()
 
 
 def _check_alike(models: Sequence[Model]) -> None:

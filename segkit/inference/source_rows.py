@@ -164,9 +164,10 @@ def labels_of(
 def written_regions(
     logits: Float[Tensor, "regions *space"], numbers: Sequence[int]
 ) -> Integer[Tensor, "*space"]:
-    """The number of each region at voxels where its logit is above 0 (probability above one half).
+    """Labels from the logits of regions: a voxel with a logit above 0 gets the region's number.
 
-    Later regions overwrite earlier ones. Voxels in no region are 0.
+    A logit of 0 is a probability of one half. Later regions overwrite earlier ones. Voxels in no
+    region are 0.
     """
     labels = torch.zeros(logits.shape[1:], dtype=torch.long, device=logits.device)
     for region, number in zip(logits, numbers, strict=True):

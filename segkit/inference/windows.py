@@ -63,6 +63,12 @@ def window_starts(size: int, patch: int, overlap: float, multiple: int) -> list[
 
     Neighbours share at least `overlap` of a patch. Only if the patch equals `multiple`, they share
     nothing. The last window ends at the end of the axis, rounded up to a multiple.
+
+    Args:
+        size: number of voxels of the axis.
+        patch: size of a window in voxels, a multiple of `multiple`.
+        overlap: share of a window that neighbours have in common at least.
+        multiple: number of which all starts are multiples.
     """
     assert patch % multiple == 0, f"patch {patch} is not a multiple of {multiple}"
     last = max(math.ceil(size / multiple) * multiple - patch, 0)

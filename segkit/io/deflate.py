@@ -1,4 +1,4 @@
-"""Fast compression of files: Intel's ISA-L (the package isal), or zlib where it is not installed.
+"""Fast compression of files: Intel's ISA-L (the package isal), or zlib if it is not installed.
 
 Both write and read the same formats (RFC 1950 to 1952). ISA-L reads about twice as fast as zlib,
 and writes about four times as fast.

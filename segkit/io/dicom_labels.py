@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 
 from segkit.errors import VolumeError, counted, first_few
 from segkit.geometry.grid import LPS_TO_RAS, Grid
-from segkit.io.dicom import CONTOURS, SEGMENTATIONS, storage_class
 from segkit.io.dicom_frames import damaged, read_header
+from segkit.io.dicom_headers import CONTOURS, SEGMENTATIONS, storage_class
 from segkit.io.dicom_segments import named_segments, paint_segments
 from segkit.io.kept import kept_while_unchanged
 from segkit.io.structure_rules import StructureRules
@@ -192,7 +192,17 @@ def _refuse_unknown_contours(path: Path, header: Any) -> None:
 def _contoured(
     path: Path, header: Any, place: int, name: str, grid: Grid, labels: ndarray, number: int
 ) -> None:
-    """Fill the contours of one structure of a structure set."""
+    """Fill the contours of one structure of a structure set.
+
+    Args:
+        path: the file, for messages.
+        header: its header.
+        place: index of the structure in the file.
+        name: name of the structure.
+        grid: the grid of the labels, in RAS+.
+        labels: the labels, which are changed.
+        number: the number that is painted.
+    """
     roi = _listed(header, "StructureSetROISequence")[place].get("ROINumber")
     found = [
         contour

@@ -195,7 +195,17 @@ def _stamp(
     labels: ndarray,
     number: int,
 ) -> None:
-    """Paint the pixels (row, column) of a frame into the voxels at their positions."""
+    """Paint the pixels (row, column) of a frame into the voxels at their positions.
+
+    Args:
+        path: the file, for messages.
+        name: name of the segment.
+        inside: mask of the frame's pixels.
+        affine: matrix from (column, row, 1) to RAS+ in mm.
+        grid: the grid of the labels, in RAS+.
+        labels: the labels, which are changed.
+        number: the number that is painted.
+    """
     rows, columns = np.nonzero(inside)
     world = np.stack([columns, rows, np.ones(len(rows))]).T @ affine[:3].T
     places = grid.index(world)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from segkit.errors import SegkitError, VolumeError
-from segkit.io.dicom import Series, find_folders, holds_series, listing_steps, storage_class
+from segkit.io.dicom_headers import storage_class
 from segkit.io.dicom_labels import StructureFile, read_structure_file, structure_kind
+from segkit.io.dicom_listing import Series, find_folders, holds_series, listing_steps
 from segkit.system.listing import tracked
 
 DIGITS = 6

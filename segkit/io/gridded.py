@@ -15,9 +15,13 @@ from segkit.io.raster import with_size_of
 class Volume:
     """Voxel values and their grid.
 
-    `data` is (x, y, z) or (x, y, z, channel) in the file's own axis order; `grid` places its first
-    three axes. `header` is the NIfTI header of the file, if it had one: results on the same grid
-    get its codes and units. `picture` holds the facts about a picture, such as its unit.
+    `data` is (x, y, z) or (x, y, z, channel) in the file's own axis order; `grid` gives the
+    position of its first three axes, in mm. `header` is the NIfTI header of the file, if it had
+    one: results on the same grid get its codes and units. `picture` holds the facts about a
+    picture, such as its unit.
+
+    Raises:
+        ValueError: the shape of the data is not that of the grid.
 
     Example:
         scan = segkit.read_volume("scan.nii.gz")

@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, printable, sentence_of
-from segkit.io.dicom import SUFFIX as DICOM_SUFFIX
-from segkit.io.dicom import (
+from segkit.io.dicom import read_series
+from segkit.io.dicom_headers import DICOM_SUFFIX, holds_frames
+from segkit.io.dicom_listing import (
     Series,
     choose_series,
     find_folders,
-    holds_frames,
     holds_series,
     is_only_image,
-    read_series,
     series_at,
 )
 from segkit.io.dicom_tree import name_in, path_of, read_tree
@@ -26,13 +25,15 @@ from segkit.io.series_rules import SeriesRule
 from segkit.io.volume import (
     AS_IT_SAYS,
     BYTES_OF_IMAGE,
-    SUFFIXES,
     Volume,
-    has_volume_suffix,
     is_dicom_path,
-    is_picture,
     read_num_channels,
     read_volume,
+)
+from segkit.io.volume_names import (
+    SUFFIXES,
+    has_volume_suffix,
+    is_picture,
     result_suffix,
     stem_of,
     suffix_of,

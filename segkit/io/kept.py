@@ -1,4 +1,4 @@
-"""FromFiles of reading a file, kept as long as the file stays as it is."""
+"""Results of reading a file, kept as long as the file stays as it is."""
 
 from collections.abc import Callable
 from functools import lru_cache, wraps

@@ -188,7 +188,13 @@ def _kind(fields: dict[str, str]) -> np.dtype[Any]:
 
 
 def _affine(fields: dict[str, str], along: list[int], num_axes: int) -> ndarray:
-    """The affine in RAS+, mm. Voxels are 1 mm apart if an old header gives no spacing."""
+    """The affine in RAS+, mm. Voxels are 1 mm apart if an old header gives no spacing.
+
+    Args:
+        fields: the fields of the header.
+        along: the axes of space, in order.
+        num_axes: number of all axes, those of channels included.
+    """
     affine = np.eye(4)
     num, placed = len(along), min(len(along), 3)
     space = fields.get("space", "lps").lower().removesuffix("-time")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from segkit.errors import VolumeError, counted
 from segkit.io.picture_rules import PictureRules, size_in_words
-from segkit.io.volume import is_picture, read_picture_facts
+from segkit.io.volume import read_picture_facts
+from segkit.io.volume_names import is_picture
 
 
 def picture_lines(files: Sequence[Path], rules: PictureRules) -> list[str]:

@@ -61,8 +61,9 @@ class CasePicture:
 def label_colour(number: int) -> str:
     """The colour of a label in all of segkit's pictures, pages and DICOM segmentations.
 
-    People with any kind of colour blindness can tell the colours of labels 1 to 6 apart. Labels
-    beyond 6 get hues that are spaced evenly around the colour circle.
+    People with any kind of colour blindness can tell the colours of labels 1 to 6 apart. The hues
+    of later labels are 0.618 of the colour circle apart (the golden ratio), so that neighbouring
+    numbers differ clearly.
 
     Args:
         number: the number of the label in files; 0 is black.
@@ -94,7 +95,7 @@ def label_rgb(number: int) -> tuple[int, int, int]:
 
 
 def write_montage(
-    path: Path,
+    path: str | Path,
     scan: ndarray,
     grid: Grid,
     panels: Sequence[Panel],
@@ -109,11 +110,12 @@ def write_montage(
 
     Args:
         path: the PNG file to write.
-        scan: values, (x, y, z), on the grid.
+        scan: values, (x, y, z), on the grid. Grey levels span percentiles 0.5 to 99.5 of the
+            values that are not 0.
         grid: the grid of the scan and of the overlays.
-        panels: the columns of the picture. An overlay is a label map or an attention map. In a
-            label map each label has a colour, and 0 is transparent. The colours of an attention map
-            span percentiles 1 to 99 of its values, and NaN is transparent.
+        panels: the columns of the picture: a title, an overlay of the scan's shape or None, and
+            'labels' or 'map'. In a label map each label has a colour, and 0 is transparent. The
+            colours of a map span percentiles 1 to 99 of its values, and NaN is transparent.
         label_names: names of the labels for the legend; 0 is left out.
         through: an array, such as labels; the planes go through the middle of its non-zero voxels.
             If it is None or empty, they go through the middle of the scan's non-zero voxels.
@@ -121,10 +123,11 @@ def write_montage(
 
     Raises:
         SegkitError: Pillow is not installed.
+        OSError: the file cannot be written.
 
     Example:
         >>> panels = [("scan", None, "labels"), ("mine", labels.data, "labels")]
-        >>> write_montage(Path("x.png"), scan.data, scan.grid, panels, label_names={1: "liver"})
+        >>> write_montage("x.png", scan.data, scan.grid, panels, label_names={1: "liver"})
     """
     sheet = _Sheet()
     orientation = Orientation.of(grid.affine)
@@ -164,7 +167,7 @@ def write_montage(
     for number, name in label_names.items():
         if number:
             left = sheet.write(left, top, f"{name}   ", label_rgb(number))
-    save_picture(path, sheet.drawn())
+    save_picture(Path(path), sheet.drawn())
 
 
 def planes_of(

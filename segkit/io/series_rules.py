@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segkit.errors import VolumeError, counted
-from segkit.io.dicom import Series
+from segkit.io.dicom_listing import Series
 from segkit.io.name_patterns import matches_any
 
 UID = re.compile(r"[0-9]+(\.[0-9]+)+")

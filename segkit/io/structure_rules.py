@@ -34,7 +34,7 @@ class StructureRules:
     overlap: bool = False
     """Whether a structure may belong to several classes, as for regions."""
     images: Mapping[Path, Path] = field(default_factory=dict)
-    """The series of each file of structures; labels are painted on its grid."""
+    """The image of each file of structures. Labels are painted on its grid."""
 
     def chosen(self, names: Sequence[str]) -> dict[str, list[int]]:
         """The indices of each class's structures in a list of names.
@@ -74,5 +74,5 @@ class StructureRules:
         return bool(lacking) and (self.absent == "refuse" or len(lacking) == every)
 
     def told(self) -> str:
-        """All that decides about labels except the files, as text for the digests of caches."""
+        """The rules as text, for the digests of caches."""
         return repr((dict(self.patterns), dict(self.numbers), self.background, self.absent))

@@ -7,35 +7,28 @@ and MetaImage. SimpleITK does not read them, because it crashes on some damaged 
 wrong voxels for others (docs/volumes.md has the counts).
 """
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from nibabel.nifti1 import Nifti1Header, Nifti1Image
-from nibabel.nifti2 import Nifti2Header, Nifti2Image
+from nibabel.nifti1 import Nifti1Header
 from nibabel.spatialimages import HeaderDataError
 from numpy import ndarray
 
-from segkit.errors import VolumeError, counted
+from segkit.errors import VolumeError
 from segkit.geometry.grid import LPS_TO_RAS, Grid, Orientation
 from segkit.io.atomic import whole
-from segkit.io.deflate import gzip_file
-from segkit.io.dicom import arranged, is_dicom, read_series, series_at
+from segkit.io.dicom import arranged, read_series
 from segkit.io.dicom_labels import paint_structures, structure_kind
-from segkit.io.disk_arrays import release
+from segkit.io.dicom_listing import is_dicom, series_at
 from segkit.io.gridded import Volume as Volume
-from segkit.io.gridded import turn_onto as turn_onto
-from segkit.io.itk import simple_itk
+from segkit.io.itk import itk_image, simple_itk
 from segkit.io.metaimage import read_metaimage_header
-from segkit.io.nifti import millimetre_affine, read_nifti_header
+from segkit.io.nifti import read_nifti_header
 from segkit.io.nrrd import read_nrrd_header
 from segkit.io.picture_files import (
-    PICTURE_SUFFIXES,
     picture_channels,
     picture_grid,
     read_picture,
@@ -44,97 +37,28 @@ from segkit.io.picture_files import (
 )
 from segkit.io.picture_rules import PictureFacts, PictureRules
 from segkit.io.structure_rules import StructureRules
-from segkit.io.tiff import TIFF_SUFFIXES
+from segkit.io.volume_names import (
+    NIFTI_SUFFIXES,
+    ONE_FILE,
+    check_writable,
+    has_volume_suffix,
+    is_picture,
+    suffix_of,
+)
 from segkit.io.voxel_bytes import Layout, read_voxels
+from segkit.io.whole_numbers import in_full, whole_numbers
+from segkit.io.write_nifti import write_nifti
 
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
-ONE_FILE = {".nhdr": ".nrrd", ".mhd": ".mha"}
-"""Suffix of each header that may name a data file, and that of the same format in one file."""
-NOT_PICTURES = (*NIFTI_SUFFIXES, ".nrrd", ".mha", *ONE_FILE)
-"""Suffixes of the volumes that segkit reads and that are not pictures."""
-KEPT_AS = {".jpg": ".png", ".jpeg": ".png", ".bmp": ".png"}
-"""Suffix of each picture format that cannot store labels, and that of the results instead."""
-WRITTEN_SUFFIXES = (*NIFTI_SUFFIXES, ".nrrd", ".mha")
-"""Suffixes of the volumes that segkit writes and that are not pictures."""
-WRITTEN_PICTURES = (".png", *TIFF_SUFFIXES)
-"""Suffixes of the pictures that segkit writes."""
-SUFFIXES = (*NOT_PICTURES, *PICTURE_SUFFIXES)
-"""Suffixes of all volumes that segkit reads."""
 SMALLEST, LARGEST = 1e-6, 1e6
 """Limits in mm of voxel sizes and of the first voxel's coordinates: a nanometre, a kilometre."""
-QFORM_TOLERANCE = 0.01
-"""Distance in mm by which a qform may differ from the sform; a shear makes a larger difference."""
 BYTES_OF_SCALED = np.dtype(np.float32).itemsize
 BYTES_OF_LABEL = 8
 """Bytes per label in the result of `read_labels`."""
 BYTES_OF_IMAGE = 12
 """Bytes per voxel that preparing an image needs: two copies of a channel, and labels."""
-FARTHEST_VALUE = 1e30
-"""Largest absolute value of an image; larger ones would overflow sums in single precision."""
-ROUNDING, ROUNDING_OF_SIZE, LARGEST_ROUNDING = 1e-3, 5e-7, 0.1
-"""Rounding errors that labels may have: always, as a fraction of the number, and at most."""
 AS_IT_SAYS = PictureRules()
 """The default rules, by which pictures are read as their files say."""
 Read = TypeVar("Read")
-logger = logging.getLogger(__name__)
-
-
-def suffix_of(path: Path) -> str:
-    """The volume suffix of a file name, such as '.nii.gz'.
-
-    Raises VolumeError if segkit cannot read files with this suffix.
-    """
-    for suffix in sorted(SUFFIXES, key=len, reverse=True):
-        if path.name.lower().endswith(suffix):
-            return path.name[-len(suffix) :]
-    raise VolumeError(f"{path}: expected a volume named *{', *'.join(SUFFIXES)}; convert it first")
-
-
-def result_suffix(path: Path) -> str:
-    """The suffix of results for a volume: its own, or that of a format that can store labels."""
-    suffix = suffix_of(path)
-    return {**ONE_FILE, **KEPT_AS}.get(suffix.lower(), suffix)
-
-
-def is_picture(path: Path) -> bool:
-    """Whether a file is a picture, by its suffix."""
-    return path.name.lower().endswith(PICTURE_SUFFIXES)
-
-
-def numbers_suffix(suffix: str) -> str:
-    """Suffix of results that are not labels, such as maps, if labels have `suffix`."""
-    if suffix.lower() not in PICTURE_SUFFIXES or suffix.lower() in TIFF_SUFFIXES:
-        return suffix
-    return ".tif"
-
-
-def volumes_among(files: Iterable[Path]) -> list[Path]:
-    """The volumes among files, sorted. Pictures only count if there are no other volumes."""
-    found = [file for file in sorted(files) if file.name.lower().endswith(SUFFIXES)]
-    scans = [file for file in found if not is_picture(file)]
-    return scans or found
-
-
-def check_writable(path: Path) -> None:
-    """Raise VolumeError if segkit cannot write a volume with this suffix."""
-    written = (*WRITTEN_SUFFIXES, *WRITTEN_PICTURES)
-    if not path.name.lower().endswith(written):
-        raise VolumeError(f"{path}: expected a name in *{', *'.join(written)}; change its suffix")
-
-
-def stem_of(path: Path) -> str:
-    """The file name without its volume suffix, such as 'scan' for 'scan.nii.gz'."""
-    return path.name[: -len(suffix_of(path))]
-
-
-def has_volume_suffix(path: Path) -> bool:
-    """Whether a name is that of a volume in a file, and not of a DICOM file or a folder."""
-    return path.name.lower().endswith(SUFFIXES)
-
-
-def case_name_of(path: Path) -> str:
-    """The name of a case from one of its files: without the suffix if it is that of a volume."""
-    return stem_of(path) if has_volume_suffix(path) else path.name
 
 
 def check_readable(path: Path) -> None:
@@ -170,7 +94,9 @@ def read_volume(
         channel), without opacity; a palette is converted to grey or RGB.
 
     Raises:
-        VolumeError: the file does not exist, is damaged, or is not a volume.
+        VolumeError: the file does not exist, is damaged, is not a volume, or does not fit into
+            free memory; or the folder holds several series.
+        SegkitError: a DICOM file with several frames needs pydicom, which is not installed.
 
     Example:
         >>> scan = read_volume("scan.nii.gz")
@@ -207,7 +133,7 @@ def read_label_values(
 
 
 def _placed_structures(path: Path, rules: PictureRules) -> tuple[StructureRules, Grid]:
-    """How the structures of a file become labels, and the grid that they are painted on."""
+    """The rules that turn the structures of a file into labels, and the grid of the labels."""
     structures = rules.structures
     if structures is None or path not in structures.images:
         raise VolumeError(
@@ -228,7 +154,7 @@ def read_labels(
         working: as for `read_volume`.
 
     Returns:
-        The labels, (x, y, z), int64, with 0 for the background.
+        The labels, (x, y, z), int64, with the numbers in the file.
 
     Raises:
         VolumeError: as for `read_volume`, or the values are not whole numbers (up to rounding
@@ -252,78 +178,6 @@ def read_labels(
         if len(strange):
             raise VolumeError(f"{expected}, found {in_full(strange[0])}; {advice}")
     return volume.like(whole)
-
-
-_ROUNDED: ContextVar[dict[str, float] | None] = ContextVar("rounded", default=None)
-
-
-@contextmanager
-def noting_rounded_labels() -> Iterator[dict[str, float]]:
-    """Note the label files whose values are rounded to whole numbers in this block.
-
-    Yields:
-        The largest difference from a whole number, by the path of each such file.
-    """
-    noted: dict[str, float] = {}
-    before = _ROUNDED.set(noted)
-    try:
-        yield noted
-    finally:
-        _ROUNDED.reset(before)
-
-
-def whole_numbers(values: ndarray, path: str | Path) -> ndarray:
-    """The values of a label file, with rounding errors removed.
-
-    A file that scales its values, or a program that saves them again, may turn 3 into 2.9999999993.
-    Values within 0.001 of a whole number are rounded to it; large numbers may differ by 5e-7 of
-    their size, a few last digits of single precision. Other values are not changed, and the caller
-    refuses them.
-
-    Args:
-        values: the values of the file.
-        path: the file, for the log and for `noting_rounded_labels`.
-    """
-    if values.dtype.kind != "f":
-        return values
-    whole, farthest = values, 0.0
-    for plane in np.ndindex(values.shape[2:]):
-        here = (..., *plane)
-        with np.errstate(invalid="ignore"):
-            nearest = np.rint(values[here])
-            off = np.abs(values[here] - nearest)
-            near = off <= np.clip(ROUNDING_OF_SIZE * np.abs(nearest), ROUNDING, LARGEST_ROUNDING)
-        if not (apart := float(off.max(where=near, initial=0))):
-            continue
-        if whole is values:
-            whole = values.copy(order="F")
-        whole[here] = np.where(near, nearest, values[here])
-        farthest = max(farthest, apart)
-    if farthest:
-        logger.info("%s: rounded labels that were up to %.2g off whole numbers", path, farthest)
-        if (noted := _ROUNDED.get()) is not None:
-            noted[str(path)] = farthest
-    return whole
-
-
-def rounded_in_words(rounded: Mapping[str, float]) -> str | None:
-    """A sentence about label files whose values were rounded; None if there are none.
-
-    Args:
-        rounded: the largest difference from a whole number, by file.
-    """
-    if not rounded:
-        return None
-    worst = max(rounded, key=lambda path: rounded[path])
-    return (
-        f"rounded the labels of {counted(len(rounded), 'file')} to whole numbers; the largest "
-        f"difference was {rounded[worst]:.2g}, in {worst}"
-    )
-
-
-def in_full(value: Any) -> str:
-    """A number as text with all its digits; whole numbers have no decimal point."""
-    return str(value).removesuffix(".0")
 
 
 def read_grid(path: str | Path, *, rules: PictureRules = AS_IT_SAYS) -> Grid:
@@ -376,31 +230,6 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return (path, beside) if beside else (path,)
 
 
-def value_problem(values: ndarray) -> str | None:
-    """A phrase 'holds …' that says why the image's values cannot be used, or None if they can."""
-    if values.dtype.kind != "f":
-        return None
-    with np.errstate(invalid="ignore"):
-        low, high = float(values.min()), float(values.max())
-    if not np.isfinite([low, high]).all():
-        planes = [np.isfinite(plane).sum(axis=(0, 1)) for plane in np.moveaxis(values, 2, 0)]
-        numbers = np.sum(planes, axis=0)  # of each channel
-        if not np.all(numbers):
-            where = " in one of its channels" if values.ndim > 3 else ""
-            return f"holds only NaN or infinite values{where}; make the file again, or leave it out"
-        strange = values.size - int(np.sum(numbers))
-        return (
-            f"holds {strange:,} NaN or infinite values among {values.size:,}; if they lie outside "
-            f"a mask, set them to 0 in the file, or train with data.nan: background, which does so"
-        )
-    if max(-low, high) > FARTHEST_VALUE:
-        return (
-            f"holds values from {low:g} to {high:g}, expected none beyond {FARTHEST_VALUE:g}; "
-            f"rescale them"
-        )
-    return None
-
-
 def write_volume(path: str | Path, volume: Volume) -> None:
     """Write a volume, complete or not at all.
 
@@ -430,7 +259,7 @@ def write_volume(path: str | Path, volume: Volume) -> None:
     check_writable(path)
     with whole(path) as unfinished:
         if path.name.lower().endswith(NIFTI_SUFFIXES):
-            _write_nifti(unfinished, volume)
+            write_nifti(unfinished, volume)
         elif is_picture(path):
             data, grid = volume.data, volume.grid
             if volume.picture is None:
@@ -440,7 +269,7 @@ def write_volume(path: str | Path, volume: Volume) -> None:
             except VolumeError as error:
                 raise VolumeError(f"{path}: {error}") from None
         else:
-            image = _to_itk(volume)
+            image = itk_image(volume)
             try:
                 simple_itk().WriteImage(image, str(unfinished), useCompression=True)
             except RuntimeError as error:
@@ -546,68 +375,3 @@ def _checked_affine(affine: ndarray) -> ndarray:
     if abs(np.linalg.det(directions / spacing)) < 1e-3:
         raise VolumeError("its affine is singular: its axes lie in one plane; repair its header")
     return affine
-
-
-def _write_nifti(path: Path, volume: Volume) -> None:
-    image = _to_nifti(volume)
-    data = np.asanyarray(image.dataobj)
-    kind = image.get_data_dtype()
-    with gzip_file(path) if path.name.lower().endswith(".gz") else path.open("wb") as file:
-        image.header.set_slope_inter(1, 0)
-        image.header.write_to(file)
-        for channel in np.moveaxis(data, 3, 0) if data.ndim == 4 else [data]:
-            stored: Any = np.asarray(channel, kind, order="F").T
-            file.write(stored)  # not copied, because its first axis is now the slowest
-            release(data)
-
-
-def _to_nifti(volume: Volume) -> Nifti1Image:
-    source = volume.header
-    shape = volume.data.shape
-    header = source.copy() if source is not None else Nifti1Header()
-    same_grid = source is not None and np.array_equal(millimetre_affine(source), volume.grid.affine)
-    if same_grid and len(header.get_data_shape()) == 2 and shape[2:] == (1,):
-        shape = shape[:2]
-    kind = volume.data.dtype
-    header.set_data_dtype(np.float32 if kind == np.float16 else kind)
-    pixdim = header["pixdim"].copy()
-    header.set_data_shape(shape)
-    header["pixdim"] = pixdim  # setting a 2D shape has reset the slice thickness to 1 mm
-    header.set_slope_inter(None, None)
-    for field in ("cal_min", "cal_max", "slice_start", "slice_end", "slice_code", "slice_duration"):
-        header[field] = 0
-    # Text fields may contain names of patients.
-    for field in ("data_type", "db_name", "aux_file", "intent_name"):
-        if field in header.structarr.dtype.names:
-            header[field] = b""
-    header["descrip"] = b"segkit"
-    header["intent_code"] = 0
-    # The affine of a header without codes depends on its shape, so it is compared after set_shape.
-    if not np.array_equal(millimetre_affine(header), volume.grid.affine):
-        code = max(int(header["sform_code"]), int(header["qform_code"])) or 2
-        header.set_xyzt_units("mm")
-        header.set_sform(volume.grid.affine, code)
-        header.set_qform(volume.grid.affine, code, strip_shears=True)
-        by_sform = Grid(volume.grid.shape, header.get_sform())
-        by_qform = Grid(volume.grid.shape, header.get_qform())
-        if not by_qform.agrees_with(by_sform, tolerance=QFORM_TOLERANCE):
-            header["qform_code"] = 0
-    data = volume.data.reshape(shape, order="A")
-    if isinstance(header, Nifti2Header):
-        return Nifti2Image(data, None, header)
-    return Nifti1Image(data, None, header)
-
-
-def _to_itk(volume: Volume) -> Any:
-    affine = LPS_TO_RAS @ volume.grid.affine
-    spacing = volume.grid.spacing
-    axes = (2, 1, 0, *range(3, volume.data.ndim))
-    array = np.ascontiguousarray(volume.data.transpose(axes))
-    image = simple_itk().GetImageFromArray(
-        array.astype(np.float32) if array.dtype == np.float16 else array,
-        isVector=volume.data.ndim == 4,
-    )
-    image.SetSpacing(spacing)
-    image.SetOrigin(affine[:3, 3].tolist())
-    image.SetDirection((affine[:3, :3] / np.array(spacing)).ravel().tolist())
-    return image

@@ -213,6 +213,12 @@ def _fill(values: ndarray, pieces: Iterator[bytes], skipped: int, spare: int | N
 
     Raises VolumeError if `spare` bytes or more follow the values, unless `spare` is None. Raises
     EOFError if the stream is too short.
+
+    Args:
+        values: the bytes of the voxels, which are filled.
+        pieces: the decompressed stream, in pieces.
+        skipped: number of bytes before the voxels.
+        spare: number of bytes after the voxels that is an error; None if any number is allowed.
     """
     filled = -skipped
     for piece in pieces:

@@ -65,7 +65,7 @@ def parse_address(path: str | Path) -> HubAddress | ArchiveAddress | None:
     """The address that a text holds, or None if it is the path of a folder or a file.
 
     Raises:
-        ModelError: it begins like an address, but is none.
+        ModelError: it begins like an address, but is not valid.
 
     Example:
         >>> parse_address("hf:clinic/hippocampus@v1")

@@ -44,8 +44,8 @@ class HubFile:
 def fetch_from_hub(address: HubAddress, places: Path, *, refresh: bool = False) -> tuple[Path, str]:
     """The folder with the files of a model on a hub, and its commit.
 
-    The first time, the files are downloaded into the cache, and the name of a branch is bound to
-    its commit of that day. Later the hub is not asked, unless `refresh` is true.
+    The first time, the files are downloaded into the cache, and the newest commit of the branch is
+    stored. Later the hub is not asked, unless `refresh` is true.
 
     Args:
         address: the repository and its revision.
@@ -73,7 +73,7 @@ def fetch_from_hub(address: HubAddress, places: Path, *, refresh: bool = False) 
 
 
 def _bound(pin: Path) -> str | None:
-    """The commit to which the name of a branch was bound; None if it was not."""
+    """The commit that was stored for a branch; None if there is none."""
     try:
         commit = read_json_object(pin).get(PIN)
     except (OSError, ValueError):
@@ -120,6 +120,7 @@ def _is_of_model(path: str) -> bool:
 
 
 def _download(address: HubAddress, commit: str, files: Sequence[HubFile], folder: Path) -> None:
+    """Download files of a repository into a folder, and check each of them. Raises ModelError."""
     free = shutil.disk_usage(folder).free
     if sum(file.size for file in files) > free:
         raise ModelError(

@@ -35,11 +35,11 @@ class TakenOver:
     """For each channel of the image, the origin of its kernels in the first layer; empty if the
     first layer was copied as it is, or begins anew."""
     anew: tuple[str, ...] = ()
-    """Names of the weights that begin anew."""
+    """Names of the weights that are not copied."""
 
     @property
     def told(self) -> str:
-        """One line that says all of it."""
+        """A summary in one line."""
         parts = [f"{self.copied} of {self.of} weights were copied from {self.model}"]
         if self.channels:
             each = [f"{name}: {source}" for name, source in self.channels.items()]
@@ -123,14 +123,15 @@ def fitted_kernels(
 ) -> tuple[Tensor, dict[str, str]]:
     """Kernels of a first layer for the channels of another image, and the origin of each.
 
-    A channel that both have by name keeps its kernels. If none is of the same name and both have as
-    many, the first takes those of the first, and so on. Each other channel takes the `mean` of all,
-    those of the model's channels in turn (`copied`), `zero`, or its own (`anew`). Kernels are not
-    scaled: a normalisation follows them.
+    A channel whose name is also in the model gets the model's kernels. If no name is in both, and
+    both have the same number of channels, channels are assigned in order. Every other channel gets
+    the `mean` of all of the model's kernels, the kernels of the model's channels in turn
+    (`copied`), `zero`, or its own new ones (`anew`). Kernels are not scaled, because a
+    normalisation follows them.
 
     Args:
         given: the model's kernels, (out, channel, ...).
-        own: the network's kernels, with as many channels as are asked for.
+        own: the network's kernels.
         given_channels: names of the model's channels.
         channels: names of the network's channels.
         other_channels: the kernels of channels that the model does not have.

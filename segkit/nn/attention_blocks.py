@@ -1,11 +1,11 @@
-"""Does a network attend to anything? Its attention blocks by name, each replaced by the identity.
+"""Does a network use its attention? Finds its attention blocks and replaces them by the identity.
 
     with as_identity(network, ["bottleneck.0"]):
         logits = network(image)
 
 The test of Wald et al. (2025, arXiv:2503.01835, Sec. 3): if a network is as good without a block,
-the block does nothing that the rest could not. Nothing is trained again, so a network that falls
-says that it uses the block, not that it needed one.
+the rest of the network can do the work of the block. The network is not trained again. So a lower
+score means that this network uses the block. It does not mean that training needs such a block.
 """
 
 from collections.abc import Collection, Iterator
@@ -43,20 +43,23 @@ class AttentionShare:
 
     @property
     def parameters_share_outside(self) -> float:
-        """The share of parameters outside attention; 1 for a network without."""
+        """The share of parameters outside attention; 1 for a network without attention."""
         return self.parameters_outside / self.parameters if self.parameters else float("nan")
 
     @property
     def multiply_adds_share_outside(self) -> float:
-        """The share of multiply-adds outside attention; 1 for a network without."""
+        """The share of multiply-adds outside attention; 1 for a network without attention."""
         if not self.multiply_adds:
             return float("nan")
         return self.multiply_adds_outside / self.multiply_adds
 
     def unet_index(self, unet_parameters: int) -> float:
-        """Parameters outside attention over those of a U-Net of reference (Wald et al. 2025).
+        """Parameters outside attention, divided by those of a reference U-Net (Wald et al. 2025).
 
-        At 1 or more, what is not attention is as large as a network that needs none.
+        If it is 1 or more, the part outside attention is as large as a network without attention.
+
+        Args:
+            unet_parameters: number of parameters of the U-Net.
         """
         return self.parameters_outside / unet_parameters
 
@@ -67,24 +70,26 @@ def attention_blocks(
     """The attention blocks of a network: the module's name in `network`, by position.
 
     In segkit's own U-Nets, positions are those of maps: 'encoder.1', 'skip.0', 'decoder.2',
-    'bottleneck', and 'bottleneck.0', 'bottleneck.1', … where several blocks follow one another. A
-    presence head is none, for the segmentation does not pass through it. Gates of `segkit.gate`
-    have such positions too.
+    'bottleneck', and 'bottleneck.0', 'bottleneck.1', … if several blocks follow one another. A
+    presence head is not listed, because the segmentation does not pass through it. Gates of
+    `segkit.gate` have such positions too.
 
-    In other networks, the position is the module's own name. They are found if `image` is given:
-    the network runs once, and a module counts if its class has a name of attention
+    In other networks, the position is the module's own name. Their blocks are found only if `image`
+    is given. Then the network runs once. A module counts if its class has a name of attention
     (`TransformerBlock`, `AttentionBlock`, `MultiheadAttention`, `ChannelSELayer`, …) and its output
-    the shape of its features. If attention is a part of a block with shortcuts, the block counts.
+    has the shape of its features. If attention is a part of a block with shortcuts, the block
+    counts.
 
     Args:
         network: segkit's or any other.
-        image: an input of the network; None to find only segkit's own attention.
+        image: an input of the network, (batch, channel, *space); None to find only segkit's own
+            attention.
 
     Returns:
         Names as in `network.named_modules()`, by position.
 
     Raises:
-        AttributeError: if `network` is not a PyTorch module.
+        Exception: the network's own, if it cannot run on `image`.
 
     Example:
         for position, name in segkit.attention_blocks(model.network).items():
@@ -151,7 +156,7 @@ def _named(position: str, path: str, module: nn.Module) -> Iterator[tuple[str, s
 
 @contextmanager
 def as_identity(network: nn.Module, blocks: Collection[str]) -> Iterator[None]:
-    """Inside the block, these blocks of a network are the identity; then the network is restored.
+    """Inside `with`, these blocks of a network are the identity; then the network is restored.
 
     Args:
         network: segkit's or any other.
@@ -164,13 +169,13 @@ def as_identity(network: nn.Module, blocks: Collection[str]) -> Iterator[None]:
             only the attention of a block.
 
     Example:
-        with as_identity(model.network, attention_blocks(model.network)):
-            without = segkit.Predictor(model)(volume)
+        with segkit.as_identity(model.network, segkit.attention_blocks(model.network)):
+            without = segkit.Predictor(model)(scan)
     """
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     places = {block: _place(network, block) for block in blocks}
     try:
-        # An outer module comes before those in it, whose places are not looked up again.
+        # All places are known already, so an outer module and one in it can both be replaced.
         for parent, child in places.values():
             replaced.append((parent, child, getattr(parent, child)))
             setattr(parent, child, PassThrough(getattr(parent, child)))
@@ -207,8 +212,8 @@ def attention_share(
     """How many parameters and multiply-adds a network has, and how many of them outside attention.
 
     Args:
-        network: segkit's or any other; it runs a few times and stays as it is.
-        image: the image to count with.
+        network: segkit's or any other; it runs a few times and does not change.
+        image: an input, (batch, channel, *space), for which multiply-adds are counted.
         blocks: as for `as_identity`; all of `attention_blocks` if None.
 
     Raises:

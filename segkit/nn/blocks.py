@@ -58,6 +58,13 @@ def convolution(
 
     The kernel size must be odd along every axis. Then the output has the size of the input divided
     by the stride, and the centre of output cell j lies at input cell `stride * j`.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels, out_channels: numbers of channels.
+        kernel: kernel size along each axis, odd.
+        stride: stride along each axis; 1 if None.
+        groups: number of groups of channels that are convolved separately.
     """
     layer = CONV[spatial_dims](
         in_channels,

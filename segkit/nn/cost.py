@@ -1,4 +1,4 @@
-"""How many numbers a network learns, and how much it computes."""
+"""The number of parameters and of multiply-adds of a network."""
 
 import torch
 from jaxtyping import Float
@@ -8,14 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(network: nn.Module) -> int:
-    """How many numbers are learned."""
+    """Number of parameters, also of those that are not trained."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def count_multiply_adds(network: nn.Module, image: Float[Tensor, "batch channel *space"]) -> float:
-    """Those of convolutions and matrix products in one forward pass in prediction.
+    """Multiply-adds of convolutions and matrix products in one forward pass of prediction.
 
-    Fused attention is counted as the matrix products that it stands for.
+    Fused attention counts as the matrix products that it replaces.
     """
     modes = {part: part.training for part in network.modules()}
     network.eval()

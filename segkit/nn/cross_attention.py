@@ -128,7 +128,8 @@ class UTransformerGate(AttentionToSkip):
             heads=heads,
             head_channels=head_channels,
         )
-        # Not 0, as it is for attention that is added: a constant cannot be normalised.
+        # Attention that is added starts with weights of 0. These differ from 0, because a
+        # constant cannot be normalised.
         nn.init.xavier_uniform_(self.attention.out.weight)
         self.norm = normalisation(norm, spatial_dims, skip_channels)
         # If there is a normalisation, its own bias is used; a second bias would do the same.

@@ -1,13 +1,15 @@
-"""Where the features of any network lie: their placement, followed from the input layer by layer.
+"""Positions of the features of any network: placements, followed from the input layer by layer.
 
-Every call of PyTorch is seen while the network runs once. Convolutions, pooling, interpolation,
-padding and slicing move a placement; what acts cell by cell, or within channels, keeps it. Cells
-may lie along any axes (`permute`) or be tokens of a sequence (`flatten`, and back by `reshape`).
+The network runs once, and every call of PyTorch is observed. Convolutions, pooling, interpolation,
+padding and slicing change a placement. Operations on single cells, or within channels, keep it.
+Cells may lie along any axes (`permute`) or be tokens of a sequence (`flatten`, and back by
+`reshape`).
 
-If features of different placement meet (a decoder's with a skip's, which many networks shift by
-half a voxel), the result has that of the features with fewer layers behind them, as in segkit's own
-U-Nets; of as many layers, the mean. What cannot be followed has no placement, until it is added to
-features that have one. Windows of Swin transformers are such a case.
+Features of different placements may be combined, such as those of a decoder and of a skip, which
+many networks shift by half a voxel. The result has the placement of the features that passed fewer
+layers, as in segkit's own U-Nets; if both passed as many, it is the mean of the two placements.
+Features that cannot be followed, such as windows of Swin transformers, have no placement until they
+are added to features that have one.
 """
 
 import math
@@ -35,7 +37,7 @@ class Followed:
     axes: tuple[int, ...]
     """The tensor's axis along each axis of space; a single one if the cells are tokens."""
     depth: int
-    """Number of convolutions and the like between it and the input."""
+    """Number of layers, such as convolutions, between it and the input."""
 
     @property
     def tokens(self) -> bool:
@@ -51,7 +53,7 @@ class Followed:
 
 
 class Follower(TorchFunctionMode):
-    """Within it, `of(tensor)` says where the cells of a tensor lie.
+    """A context in which `of(tensor)` gives the positions of a tensor's cells.
 
     Args:
         image: the network's input (batch, channel, *space).
@@ -85,12 +87,12 @@ class Follower(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """The result of a call, whose placement is then known if it can be."""
+        """The result of a call. Its placement is recorded if the call can be followed."""
         named = dict(kwargs or {})
         name = getattr(func, "__name__", "").strip("_")
         if name == FUSED_ATTENTION:
             self.fused.update(self.inside)
-        # Calls in place change the tensor that they are given, so this is asked before.
+        # Looked up before the call, because a call in place changes its argument.
         given = [(self.of(part), part) for part in _tensors([*args, *named.values()])]
         known = [(followed, part) for followed, part in given if followed is not None]
         result = func(*args, **named)
@@ -120,7 +122,7 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
 def _kept(
     known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
 ) -> Followed | None:
-    """Placement after a call that keeps cells in place: that of the operand with fewest layers."""
+    """Placement after a call that moves no cells: that of the operand that passed fewest layers."""
     fitting = [one for one, _ in known if one.fits(result)]
     if not fitting:
         return None
@@ -136,6 +138,7 @@ def _kept(
 def _argument(
     args: Sequence[Any], named: Mapping[str, Any], place: int, name: str, default: Any
 ) -> Any:
+    """An argument of a call, by its position or its name; the default if it is not given."""
     value = named.get(name, args[place] if place < len(args) else default)
     return default if value is None else value
 
@@ -293,7 +296,7 @@ def _reshaped(
     """Placement after a reshape: cells are found as one axis, or as the axes of their grid."""
     one, tensor = known[0]
     if one.axes != tuple(range(one.axes[0], one.axes[0] + len(one.axes))):
-        return None  # cells that do not lie beside one another are put in another order
+        return None  # axes of cells that are not consecutive: a reshape would mix the cells
     before = math.prod(tensor.shape[: one.axes[0]])
     count = math.prod(one.cells)
     passed = 1
@@ -326,7 +329,7 @@ RULES: dict[str, Rule] = {
     "transpose": _exchanged,
     "swapaxes": _exchanged,
     **dict.fromkeys(("flatten", "reshape", "view", "unflatten", "reshape_as"), _reshaped),
-    # Other cells than those of the operand, in the same number.
+    # These may return as many cells as their operand has, but other ones.
     **dict.fromkeys(("roll", "flip", "sort", "gather", "movedim", "unfold", "fold"), _lost),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "grid_sample", "squeeze"), _lost),
     **dict.fromkeys(("unsqueeze", "expand", "repeat", "get", "unbind", "chunk"), _lost),
@@ -339,13 +342,13 @@ def followed_calls(
     """Run a network once, and call `watch` after each call of some modules.
 
     Args:
-        network: any network, in evaluation.
-        image: an input.
-        modules: those that are watched, by name.
-        watch: gets the name, the arguments, the named arguments, the output and the follower.
+        network: any network, in evaluation mode.
+        image: an input (batch, channel, *space).
+        modules: the modules to watch, by name.
+        watch: receives the name, the arguments, the named arguments, the output and the follower.
 
     Returns:
-        The follower, which knows where fused attention was computed.
+        The follower, which knows the modules that computed fused attention.
     """
     follower = Follower(image)
     handles = []

@@ -1,9 +1,9 @@
 """Attention blocks of networks that segkit did not build, found by type and shape.
 
-A network runs once. A module counts as an attention block if the name of its class says so
-(`TransformerBlock`, `SwinTransformerBlock`, `AttentionBlock`, `ChannelSELayer` and so on) and if
-its output has the shape of its features, so that the identity can take its place. Of nested blocks,
-the outermost counts.
+A network runs once. A module counts as an attention block if its class has such a name
+(`TransformerBlock`, `SwinTransformerBlock`, `AttentionBlock`, `ChannelSELayer` and so on). Its
+output must also have the shape of its features, so that the identity can replace it. If blocks are
+nested, only the outermost counts.
 """
 
 import re
@@ -40,9 +40,9 @@ class Call:
     """The shapes of one call of a module."""
 
     features: tuple[int, ...] | None
-    """Shape of the argument that the identity would give back; None if it is not a tensor."""
+    """Shape of the argument that the identity would return; None if it is not a tensor."""
     output: tuple[int, ...] | None
-    """None if it is not a tensor."""
+    """Shape of the output; None if it is not a tensor."""
 
     @property
     def keeps_shape(self) -> bool:
@@ -52,7 +52,7 @@ class Call:
 
 @contextmanager
 def in_prediction(network: nn.Module) -> Iterator[None]:
-    """Within it, a network is in evaluation and needs no gradients; then it is as it was."""
+    """Inside `with`, a network is in evaluation mode without gradients; then it is restored."""
     modes = {part: part.training for part in network.modules()}
     network.eval()
     try:
@@ -64,7 +64,7 @@ def in_prediction(network: nn.Module) -> Iterator[None]:
 
 
 def calls_of(network: nn.Module, run: Callable[[], object]) -> dict[str, Call]:
-    """The last call of each module of a network, by the module's name, while `run` runs it."""
+    """Runs a network by `run`, and returns the last call of each module by the module's name."""
     found: dict[str, Call] = {}
     handles = []
     for name, module in network.named_modules():
@@ -97,8 +97,8 @@ def foreign_blocks(
 
     Args:
         network: any network.
-        run: runs it once.
-        but: modules of these types, and what they hold, are left out.
+        run: runs the network once.
+        but: types of modules that are left out, together with the modules in them.
     """
     calls = calls_of(network, run)
     modules = dict(network.named_modules())
@@ -109,7 +109,7 @@ def foreign_blocks(
             continue
         kind = type(module).__name__.lower().replace("_", "")
         whole = WHOLE_BLOCK.fullmatch(kind) is not None
-        # Some libraries wrap a choice of attention, which may be none.
+        # Some libraries use a wrapper for a choice of attention, which may be empty.
         if not (whole or ATTENTION.fullmatch(kind)) or not any(True for _ in module.parameters()):
             continue
         block = name if whole else _around(name, modules, calls)
@@ -119,10 +119,15 @@ def foreign_blocks(
 
 
 def _around(name: str, modules: Mapping[str, nn.Module], calls: Mapping[str, Call]) -> str:
-    """The block of which a module of attention is a part: its shortcuts and its perceptron too.
+    """The block to which a module of attention belongs, with its shortcuts and its perceptron.
 
-    It is the outermost module that keeps the shape, has no other attention and no convolution
-    that sees more than one voxel.
+    It is the outermost module that keeps the shape and contains neither other attention nor a
+    convolution over more than one voxel.
+
+    Args:
+        name: name of the module of attention.
+        modules: all modules of the network, by name.
+        calls: the call of each module that ran.
     """
     block = name
     while (parent := block.rpartition(".")[0]) and not isinstance(

@@ -1,8 +1,8 @@
 """Oktay's attention gates in the skips of a network that segkit did not build.
 
-A gate becomes a part of the module in which a skip joins the decoder, called `segkit_gate`, and a
-hook of that module lets the skip through it. So the network keeps its code, its weights and their
-names. Three forms of joins are known:
+A gate becomes a part of the module in which a skip joins the decoder, with the name `segkit_gate`.
+A hook of that module sends the skip through the gate. So the network keeps its code, its weights
+and their names. Three forms of such modules, called joins, are known:
 
 - a module that is called with coarse features and a skip: MONAI's DynUNet, BasicUNet, UNETR and
   SwinUNETR, the decoder blocks of segmentation_models_pytorch;
@@ -104,7 +104,8 @@ class LatestSignal(nn.Module):
 
 @dataclass(frozen=True)
 class GatedArgument:
-    """Before a call: the skip goes through the gate. Places and names are those of arguments."""
+    """A hook before a call, which gates the skip. `skip` and `signal` are position and name of
+    arguments."""
 
     skip: tuple[int, str]
     signal: tuple[int, str]
@@ -122,7 +123,7 @@ class GatedArgument:
 
 
 class GatedConnection:
-    """After a call of a `SkipConnection`: the first part of its output goes through the gate."""
+    """A hook after a call of a `SkipConnection`, which gates the first part of its output."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         skip = args[0]
@@ -131,7 +132,7 @@ class GatedConnection:
 
 
 class KeptSignal:
-    """Before a transposed convolution: its input is kept for the gate."""
+    """A hook before a transposed convolution, which stores its input as the gate's signal."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         getattr(module, SIGNAL).value = args[0]
@@ -139,7 +140,7 @@ class KeptSignal:
 
 @dataclass(frozen=True)
 class GatedConcatenation:
-    """Before convolutions of [upsampled; skip]: the second part goes through the gate."""
+    """A hook before convolutions of [upsampled; skip], which gates the second part."""
 
     upsampled: int
     """Channels of the first part."""
@@ -168,7 +169,7 @@ class FoundJoin:
     """Placement of the skip; None if it could not be followed."""
     arguments: GatedArgument | None = None
     before: str = ""
-    """The transposed convolution, of a concatenation."""
+    """Name of the transposed convolution, if the form is a concatenation."""
 
 
 def gate(
@@ -180,29 +181,32 @@ def gate(
 ) -> dict[str, str]:
     """Put attention gates (Oktay et al. 2018) into the skips of a network of another library.
 
-    The network changes, and its output does not: gates start exactly open, at a map of 1, and learn
-    from there, up to 1.0625. The gating signal are the coarser features of the decoder. The weights
-    of the network keep their values and names; each gate is a part of the module where its skip
-    joins, `….segkit_gate`. Its map passes a tap, so that `Predictor`, `explain_volume` and
-    `judge_gates` find it by its key, 'skip.1/gate', as in segkit's own networks. Gate a network
-    before it is compiled, exported, trained or loaded with weights of a gated one.
+    The network gets new modules, but its output does not change: gates start exactly open, with a
+    map of 1. In training, values of the map stay between 0 and 1.0625. The gating signal is the
+    coarser features of the decoder. The weights of the network keep their values and names. Each
+    gate is a part of the module in which its skip joins the decoder, `….segkit_gate`. Its map
+    passes a tap, so `Predictor`, `explain_volume` and `judge_gates` find it by its key,
+    'skip.1/gate', as in segkit's own networks. Call this before the network is compiled, exported,
+    trained, or loaded with the weights of a gated network.
 
     Args:
         network: MONAI's DynUNet, BasicUNet, UNet, UNETR or SwinUNETR, a U-Net of
             segmentation_models_pytorch, nnU-Net's PlainConvUNet or ResidualEncoderUNet, or another
-            with joins of these forms.
-        image: an input; the network runs once. Its sizes are multiples of the network's strides.
-        skips: names of the modules where skips join (`named_modules`); if None, all but those of
-            the finest level, as in the paper (or all if there is no other level).
-        placements: where features of skips lie, in voxels of the input, by the name of the join;
-            only for those that cannot be followed through the layers.
+            network whose skips join the decoder in one of these forms.
+        image: an input, (batch, channel, *space); the network runs once. Its sizes are multiples of
+            the network's strides.
+        skips: names (`named_modules`) of the modules in which skips join the decoder. If None, all
+            but those of the finest level, as in the paper; all if there is no other level.
+        placements: positions of the features of skips, in voxels of the input, by the name of the
+            module; only for features that cannot be followed through the layers.
 
     Returns:
         Names of the gated modules by the position of their gate, 'skip.1', the finest first.
 
     Raises:
-        ModelError: if there is no such join, if a grid is no multiple of the coarser one, or if a
-            skip cannot be followed from the input, so that its map would have no place.
+        ModelError: if no skip joins the decoder in such a form, `skips` has an unknown name, the
+            size of a skip is not a multiple of the coarser size, or a skip cannot be followed from
+            the input, so that its map would have no position.
 
     Example:
         network = monai.networks.nets.BasicUNet(spatial_dims=3, out_channels=2)
@@ -230,7 +234,7 @@ def gate(
         if join.module in wanted:
             made.append((level, join, _made(network, join, level, placements or {})))
             gated[f"skip.{level}"] = join.module
-    # Only now, so that a network that cannot be gated stays as it was.
+    # Only after all checks, so that a network that cannot be gated does not change.
     for _, join, gate_of_join in made:
         _put(network, join, gate_of_join)
     return gated
@@ -264,7 +268,7 @@ def find_joins(network: nn.Module, image: Tensor) -> list[FoundJoin]:
 
     with in_prediction(network):
         followed_calls(network, image, modules, watch)
-    # Of nested joins, the inner one calls the layers.
+    # If joins are nested, only the innermost counts: it calls the layers.
     inner = [
         join
         for name, join in found.items()
@@ -288,6 +292,15 @@ def _concatenations(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 def _concatenated(
     name: str, both: Tensor, signal: Tensor, upsampled: int, follower: Follower
 ) -> FoundJoin:
+    """The join of nnU-Net's form, from a call of its convolutions.
+
+    Args:
+        name: name of the convolutions.
+        both: their input: the upsampled features and then the skip.
+        signal: the input of the transposed convolution.
+        upsampled: number of channels of the upsampled features.
+        follower: knows the positions of features.
+    """
     followed = follower.of(both)
     return FoundJoin(
         name,
@@ -307,11 +320,12 @@ def _with_before(join: FoundJoin, before: str) -> FoundJoin:
 def _connected(
     name: str, args: tuple[Any, ...], output: Any, follower: Follower
 ) -> FoundJoin | None:
+    """The join of a `SkipConnection`, from its call; None if it does not concatenate."""
     skip = args[0]
     if not isinstance(output, Tensor) or output.shape[2:] != skip.shape[2:]:
         return None
     below = output.shape[1] - skip.shape[1]
-    if below <= 0:  # added, or multiplied
+    if below <= 0:  # the skip is added or multiplied, not concatenated
         return None
     followed = follower.of(skip)
     cells = tuple(skip.shape[2:])
@@ -328,9 +342,10 @@ def _called(
     follower: Follower,
     ndim: int,
 ) -> FoundJoin | None:
+    """The join of a module that is called with coarse features and a skip, or None."""
     try:
         bound = inspect.signature(module.forward).bind(*args, **named).arguments
-    except (TypeError, ValueError):  # a module without a signature takes no two features
+    except (TypeError, ValueError):  # a module without a signature cannot be a join
         return None
     given = [
         (place, label, value)
@@ -358,7 +373,14 @@ def _called(
 def _made(
     network: nn.Module, join: FoundJoin, level: int, placements: Mapping[str, Placement]
 ) -> OpenGate:
-    """The gate of a join, with its tap placed."""
+    """The gate of a join, with its tap placed.
+
+    Args:
+        network: the network.
+        join: the join.
+        level: level of the skip; 0 is the finest.
+        placements: positions that the user gives, by the name of the module.
+    """
     if hasattr(network.get_submodule(join.module), GATE):
         raise ModelError(
             f"{join.module}: has a segkit gate already; add gates to a network only once"
@@ -389,7 +411,7 @@ def _made(
 
 
 def _put(network: nn.Module, join: FoundJoin, made: OpenGate) -> None:
-    """Make a gate a part of its module, and let the skip through it."""
+    """Make a gate a part of its module, and send the skip through it."""
     module = network.get_submodule(join.module)
     module.add_module(GATE, made)
     match join.form:

@@ -27,7 +27,7 @@ Readable = nn.Sigmoid | nn.Softmax | nn.MultiheadAttention
 
 @dataclass(frozen=True)
 class TappedOutput:
-    """After a call: the output is a map, which the tap records or replaces."""
+    """A hook after a call. The output is a map, which the tap records or replaces."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         tapped: Tensor = getattr(module, TAP)(output)
@@ -36,7 +36,7 @@ class TappedOutput:
 
 @dataclass(frozen=True)
 class TappedVector:
-    """After a call: the output has a value for each channel."""
+    """A hook after a call. The output is a map with a value for each channel."""
 
     spatial_dims: int
 
@@ -48,7 +48,7 @@ class TappedVector:
 
 @dataclass(frozen=True)
 class TappedKeys:
-    """After a call of a softmax over keys: the tap records how much each key receives."""
+    """A hook after a call of a softmax over keys. The tap records how much each key receives."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         tap = getattr(module, TAP)
@@ -58,9 +58,9 @@ class TappedKeys:
 
 @dataclass(frozen=True)
 class TappedHeads:
-    """After a call of `nn.MultiheadAttention`: its weights are computed again, and recorded.
+    """A hook after a call of `nn.MultiheadAttention`. It computes the weights again for the tap.
 
-    The output stays as it was, whatever kernel computed it.
+    The output of the call does not change.
     """
 
     def __call__(
@@ -81,7 +81,7 @@ class ForeignTap(MapTap):
         """The cells of the keys' grid along each axis, in the run that placed the tap."""
 
     def cells_of(self, num_keys: int) -> tuple[int, ...]:
-        """The keys' grid of a window with so many keys."""
+        """The grid of the keys, which must be `num_keys` in number. Raises ModelError."""
         placed = math.prod(self.shares)
         if num_keys != placed:
             assert self.info is not None
@@ -108,32 +108,34 @@ def record(
     *,
     placements: Mapping[str, Placement] | None = None,
 ) -> dict[str, MapInfo]:
-    """Make attention maps of a network that segkit did not build readable, by its modules' names.
+    """Record attention maps of a network that segkit did not build, by the names of its modules.
 
-    The network then has these maps as segkit's own have theirs: `Predictor(…)(scan, maps=True)`
-    returns each on its own grid with world coordinates, and `explain_volume` measures it. Weights
-    and output stay as they are; a map of the kind `spatial` can be changed too (`judge_gates`).
+    The network then has maps like segkit's own networks: `Predictor(…)(scan, maps=True)` returns
+    each on its own grid with world coordinates, and `explain_volume` measures it. Weights and
+    output do not change. A map of the kind `spatial` can also be edited (`judge_gates`).
 
-    - `nn.Sigmoid` or `nn.Softmax` whose output are cells of features: the output ('name/spatial'),
-      or a value for each channel ('name/channel').
-    - `nn.Softmax` of attention, (batch, heads, queries, keys), and `nn.MultiheadAttention`: the
-      attention that each key receives from all queries, for each head; 1 is an equal share
-      ('name/received'). For the latter, weights are computed a second time while maps are recorded.
+    - `nn.Sigmoid` or `nn.Softmax` over features: the output is the map, with a value for each cell
+      ('name/spatial') or for each channel ('name/channel').
+    - `nn.Softmax` of attention, (batch, heads, queries, keys), and `nn.MultiheadAttention`: the map
+      is the attention that each key receives from all queries, for each head; 1 is an equal share
+      ('name/received'). `nn.MultiheadAttention` computes its weights a second time while maps are
+      recorded.
 
     Args:
         network: any network. Call this before it is compiled.
-        image: an input, of the size of the windows in prediction; the network runs once.
+        image: an input, (batch, channel, *space), of the size of the windows in prediction; the
+            network runs once.
         modules: names of such modules, as in `network.named_modules()`.
-        placements: where the cells of a map lie, in voxels of the input, by the module's name; only
-            for those that cannot be followed through the layers.
+        placements: positions of the cells of a map, in voxels of the input, by the module's name;
+            only for cells that cannot be followed through the layers.
 
     Returns:
         Kind and position of each map, by its key.
 
     Raises:
-        ModelError: if a module is missing or of another kind, is not called or called several
-            times, if fused attention computes what it would give, or if its cells cannot be
-            followed from the input.
+        ModelError: if a module is missing, of another kind, recorded already, not called or called
+            several times; if fused attention replaces it; or if its cells cannot be followed from
+            the input.
 
     Example:
         gates = ["model.1.attention.psi.2", "model.1.submodule.1.attention.psi.2"]
@@ -179,6 +181,14 @@ def record(
 
 
 def _check(name: str, module: nn.Module, seen: Sequence[Seen], fused: set[str]) -> None:
+    """Raise ModelError if the maps of a module cannot be recorded.
+
+    Args:
+        name: name of the module.
+        module: the module.
+        seen: the runs of the module.
+        fused: names of the modules that computed fused attention.
+    """
     kind = type(module).__name__
     if not isinstance(module, Readable):
         if name in fused:
@@ -217,7 +227,16 @@ def _made(
     image: Tensor,
     placements: Mapping[str, Placement],
 ) -> tuple[ForeignTap, Callable[..., Any]]:
-    """The tap of a module, with its place, and the hook that feeds it."""
+    """The tap of a module, with its position, and the hook that sends maps to it.
+
+    Args:
+        name: name of the module.
+        module: the module.
+        seen: its run.
+        around: positions of the inputs of each module, by name.
+        image: the input of the network.
+        placements: positions that the user gives, by the name of the module.
+    """
     shape, space = seen.shape, image.ndim - 2
     attention = isinstance(module, nn.MultiheadAttention) or (
         isinstance(module, nn.Softmax)
@@ -282,7 +301,10 @@ def _level(placement: Placement) -> int:
 
 
 def _received(weights: Float[Tensor, "batch heads queries keys"], cells: tuple[int, ...]) -> Tensor:
-    """How much each key receives from all queries, over an equal share: (batch, heads, *cells)."""
+    """The attention that each key receives from all queries: (batch, heads, *cells).
+
+    1 is an equal share.
+    """
     received = weights.detach().float().mean(dim=2) * weights.shape[-1]
     return received.reshape(*received.shape[:2], *cells)
 

@@ -83,7 +83,7 @@ def anneal(modules: Iterable[nn.Module], progress: float) -> None:
     """Lower the temperature of every hard gate among modules, linearly from 1 to 0.5.
 
     Args:
-        modules: such as `network.modules()`; others than a `HardGate` do not change.
+        modules: modules such as `network.modules()`; only a `HardGate` changes.
         progress: share of the training that is done, in [0, 1].
     """
     temperature = HIGHEST_TEMPERATURE + progress * (LOWEST_TEMPERATURE - HIGHEST_TEMPERATURE)

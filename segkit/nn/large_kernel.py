@@ -1,4 +1,4 @@
-"""Large-kernel attention, f(x): each voxel weighed by voxels up to ten voxels away."""
+"""Large-kernel attention, f(x): each voxel is weighted by voxels up to eleven voxels away."""
 
 import math
 
@@ -12,21 +12,25 @@ from segkit.nn.transformer import LayerScale
 LOCAL_SIZE = 5
 DISTANT_SIZE = 7
 DILATION = 3
-"""A kernel of 21 cells by one of 2 * 3 - 1 = 5 and one of 21 / 3 = 7 that takes each third cell."""
+"""A kernel of 21 cells is replaced by one of 2 * 3 - 1 = 5 cells, and one of 21 / 3 = 7 cells that
+are 3 apart."""
 
 
 class LargeKernelAttention(nn.Module):
-    """Features plus features weighed by a convolution of wide reach.
+    """Features plus the same features, weighted by convolutions with large kernels.
 
         a = gelu(W₁ norm x)
         x + λ ⊙ W₂ (A ⊙ a),   A = W₃ conv₇(conv₅(a))
 
-    Guo et al. (2022, arXiv:2202.09741, Eq. 1-2 and Fig. 3d): both convolutions go channel by
-    channel, 5 and 7 cells along each axis, so that A sees 23 cells; W are 1x1 convolutions, λ is a
-    number for each channel, 0.01 at first. In 3D as Azad et al. (2023, arXiv:2309.00121), without
-    their deformed cells. A is no share: its values have either sign and no bounds, and the map is
-    its mean absolute value over channels. The block's second half, a perceptron, is left out, for
-    the U-Net's own convolutions follow; so is the shortcut of their code around W₂ within norm x.
+    Guo et al. (2022, arXiv:2202.09741, Eq. 1-2 and Fig. 3d). Both convolutions are depthwise, 5 and
+    7 cells (these dilated by 3) along each axis, so that A sees 23 cells. W are 1x1 convolutions,
+    and λ is a number for each channel, 0.01 at first. In 3D it is that of Azad et al. (2023,
+    arXiv:2309.00121), but without deformable convolutions. Values of A have either sign and no
+    bounds. The map is the mean of their absolute values over channels.
+
+    We differ from the paper in two points. The second half of the block, a perceptron, is left out,
+    because the U-Net's own convolutions follow. The shortcut of their code around W₂ within norm x
+    is left out too.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class LargeKernelAttention(nn.Module):
         self.tap = MapTap("spatial", highest=math.inf, magnitude=True)
 
     def forward(self, features: Features) -> Features:
-        """The features times the gate that their surroundings give."""
+        """The features plus the weighted features."""
         gated = F.gelu(self.project(self.norm(features)))
         attention = self.tap(self.mix(self.distant(self.local(gated))))
         added = self.scale(self.out(attention * gated))

@@ -92,6 +92,11 @@ def focal_tversky(
     """(1 - Tversky's index) to the power 1 / gamma (Abraham and Khan 2019, arXiv:1810.07842).
 
     We average over classes; the paper adds them.
+
+    Args:
+        inputs: probabilities and targets.
+        false_positives, false_negatives: weights, as in `tversky`.
+        gamma: the exponent is 1 / gamma.
     """
     index = _tversky_index(inputs, false_positives, false_negatives)
     return inputs.mean((1 - index).clamp(min=LEAST) ** (1 / gamma))
@@ -156,7 +161,7 @@ def top_k(inputs: LossInputs, share: float) -> Float[Tensor, ""]:
     Args:
         inputs: probabilities and targets.
         share: share of the voxels that count, in (0, 1]; at least one voxel counts. Ignored voxels
-            are not part of the total. With regions, of all voxels of all regions.
+            are not part of the total. With regions, the total is all voxels of all regions.
     """
     each = torch.where(inputs.weight > 0, inputs.cross_entropy * inputs.weight, 0).flatten()
     counted = (inputs.weight > 0).sum()
@@ -204,6 +209,11 @@ def distance_from(
     one axis after the other, the squared distance along the axis is added and the minimum is kept
     (Felzenszwalb and Huttenlocher 2012, section 2.1). We try every shift of at most `reach` voxels,
     so that a GPU need not wait for the host.
+
+    Args:
+        seeds: True at the seeds, (batch, outputs, *space).
+        spacing: distance between voxels along each axis.
+        reach: largest distance along an axis, in voxels.
     """
     most = reach * min(spacing)
     squared = torch.where(seeds, 0.0, most**2)

@@ -31,7 +31,7 @@ def soft_dice(
     denominator (Drozdzal et al. 2016).
 
     Args:
-        probabilities: of each class, the background first.
+        probabilities: probabilities of each class, the background first.
         target: 1 if the voxel belongs to the class, else 0.
         pool_batch: take the sums over the whole batch, instead of averaging the Dice of each
             sample.
@@ -54,7 +54,14 @@ def dice_cross_entropy(
     pool_batch: bool,
     ignore: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy plus one minus soft Dice, in equal parts (Isensee et al. 2021)."""
+    """Cross-entropy plus one minus soft Dice, in equal parts (Isensee et al. 2021).
+
+    Args:
+        logits: logits of each class, the background first.
+        label: the label of each voxel.
+        pool_batch: take the sums of Dice over the whole batch.
+        ignore: label of voxels that do not count.
+    """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
         counted = None if ignore is None else label != ignore
@@ -84,6 +91,13 @@ def dice_binary_cross_entropy(
 
     Both terms are means over regions, which may overlap. `regions` lists the labels of each. (If
     there are ignored voxels, nnU-Net adds the cross-entropies of the regions instead.)
+
+    Args:
+        logits: logits of each region.
+        label: the label of each voxel.
+        regions: the labels in each region.
+        pool_batch: take the sums of Dice over the whole batch.
+        ignore: label of voxels that do not count.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
@@ -223,7 +237,14 @@ def _deep(
     label: Tensor,
     weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Weighted sum over levels of loss(logits, label, size of a cell in voxels)."""
+    """Weighted sum over levels of loss(logits, label, size of a cell in voxels).
+
+    Args:
+        loss: the loss of one level.
+        logits: logits of each level, the finest first.
+        label: label of each voxel on the finest grid.
+        weights: weight of each level; those of `level_weights` if None.
+    """
     weights = weights or level_weights(len(logits))
     losses = []
     for weight, level in zip(weights, logits, strict=True):
@@ -255,11 +276,11 @@ def presence_cross_entropy(
     """Binary cross-entropy of the presence of each class in each image.
 
     Args:
-        logits: of each class, beginning with class 1; with `regions`, of each region.
-        label: an image has a class if any voxel has its label.
+        logits: logits of each class, beginning with class 1; with `regions`, of each region.
+        label: labels. An image contains a class if any voxel has its label.
         regions: the labels in each region.
-        ignore: ignored voxels might belong to any class. So in an image with such voxels, only
-            classes that are present count.
+        ignore: the label of ignored voxels, which might belong to any class. So in an image with
+            such voxels, only classes that are present count.
     """
     with torch.autocast(logits.device.type, enabled=False):
         voxels = label.flatten(1)

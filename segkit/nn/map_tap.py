@@ -94,8 +94,8 @@ class MapTap(nn.Module):
         """Set the map's key and placement.
 
         Args:
-            position: of the module in the network, such as "skip.2".
-            level: of the features; 0 is the finest.
+            position: position of the module in the network, such as "skip.2".
+            level: level of the features; 0 is the finest.
             features: placement of the features that the module attends to.
         """
         placement = None
@@ -127,15 +127,14 @@ class MapTap(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Blocks of attention one after another; each is a position of its own, 'bottleneck.0', …"""
+    """Blocks of attention one after another; each has its own position, 'bottleneck.0', …"""
 
 
 class PassThrough(nn.Module):
-    """The identity in the place of an attention block, whatever else the block is given.
+    """The identity, which replaces an attention block and ignores its other arguments.
 
     Args:
-        replaced: the block. Whoever asks for one of its attributes still finds it, as
-            `nn.TransformerEncoder` does.
+        replaced: the block. Its attributes can still be read, which `nn.TransformerEncoder` does.
     """
 
     signal = "coarse"
@@ -165,10 +164,10 @@ class PassThrough(nn.Module):
 
 
 def features_argument(module: nn.Module) -> tuple[int, str]:
-    """Place and name of the argument of a module that its output stands for.
+    """Position and name of the argument that the identity returns for a module.
 
-    It is the one called `x`, or else the first. (A gate may take its signal before its skip, as
-    MONAI's `AttentionBlock(g, x)` does.)
+    It is the argument called `x`, or else the first. (A gate may take its signal before its skip,
+    as MONAI's `AttentionBlock(g, x)` does.)
     """
     names = list(inspect.signature(module.forward).parameters) or [""]
     place = names.index("x") if "x" in names else 0
@@ -176,7 +175,14 @@ def features_argument(module: nn.Module) -> tuple[int, str]:
 
 
 def place_taps(module: nn.Module, position: str, level: int, features: Placement) -> None:
-    """Set key and placement of every tap in a module that attends to `features`."""
+    """Set key and placement of every tap in a module that attends to `features`.
+
+    Args:
+        module: the module of attention.
+        position: its position in the network, such as "skip.2".
+        level: level of the features; 0 is the finest.
+        features: placement of the features that it attends to.
+    """
     if isinstance(module, Stage):
         for number, block in enumerate(module):
             place_taps(block, f"{position}.{number}", level, features)

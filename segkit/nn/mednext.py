@@ -1,6 +1,7 @@
 """MedNeXt's block: depthwise convolutions, an inverted bottleneck, and a shortcut.
 
-It is the convolutional control of transformer blocks: the same design without attention.
+It has the design of a transformer block, but convolutions instead of attention. So it serves as a
+control in comparisons with transformers.
 """
 
 from collections.abc import Sequence
@@ -12,15 +13,15 @@ from torch import Tensor, nn
 from segkit.nn.blocks import Features, NormalisationKind, convolution, normalisation
 
 LEAST_MEAN = 1e-6
-"""Added to a mean that is divided by."""
+"""Added to a mean before a division by it."""
 
 
 class ResponseNormalisation(nn.Module):
-    """Features, each channel weighed by its strength beside the other channels'.
+    """Features, each channel weighted by its strength relative to the other channels.
 
     Global response normalisation of Woo et al. (2023, arXiv:2301.00808, Eq. 1-3 and Alg. 1):
-    x + γ x n + β, where n_c = ‖x_c‖ / mean over channels of ‖x‖, each norm over all voxels of a
-    sample. γ and β start at 0, so that it starts as the identity.
+    x + γ x n + β with n_c = ‖x_c‖ / mean over channels of ‖x‖. Each norm is over all voxels of a
+    sample. γ and β start at 0, so the module starts as the identity.
     """
 
     def __init__(self, channels: int) -> None:
@@ -29,7 +30,7 @@ class ResponseNormalisation(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, features: Features) -> Features:
-        """The features; strong channels become stronger if their weights are above 0."""
+        """The weighted features. Strong channels become stronger if their γ is above 0."""
         ones = [1] * (features.ndim - 2)
         # A norm over very many voxels is too large for half precision.
         strength = torch.linalg.vector_norm(features.flatten(2).float(), dim=2)
@@ -40,12 +41,12 @@ class ResponseNormalisation(nn.Module):
 
 
 class MedNeXtBlock(nn.Module):
-    """A shortcut plus W₂ grn(gelu(W₁ norm(conv x))), where conv goes channel by channel.
+    """A shortcut plus W₂ grn(gelu(W₁ norm(conv x))); conv is depthwise.
 
     Roy et al. (2023, arXiv:2303.09975, Sec. 2.1), with the global response normalisation of their
-    second release. W₁ expands the channels, W₂ compresses them. If the grid or the number of
+    second release. W₁ increases the number of channels, W₂ reduces it. If the grid or the number of
     channels changes, the shortcut is a 1x1 convolution with the stride, as in their blocks that
-    resample; else it is x itself.
+    resample. Otherwise it is x itself.
     """
 
     def __init__(
@@ -86,10 +87,10 @@ class MedNeXtBlock(nn.Module):
 
 
 class MedNeXtLevel(nn.Sequential):
-    """MedNeXt's blocks in the place of a level's convolutions; the first may stride.
+    """MedNeXt's blocks instead of a level's convolutions; only the first may have a stride.
 
-    Features of fewer channels than the first block gives are widened by a 1x1 convolution before
-    it, unless it strides: the stem of Roy et al. (2023).
+    If the features have fewer channels than the output of the first block, and this block has no
+    stride, a 1x1 convolution before it adds the channels: the stem of Roy et al. (2023).
     """
 
     def __init__(

@@ -103,6 +103,12 @@ def received(
     """Attention that each key receives from all queries; 1 is an equal share.
 
     With `inside`, queries and keys are the same cells, and only cells that are inside count.
+
+    Args:
+        rows: computes the weights of some queries.
+        key: keys, for their number.
+        num_queries: number of queries.
+        inside: True for each cell on the grid.
     """
     # The sum does not start from zeros: ONNX's exporter would take the batch size from their shape.
     total: Tensor | None = None
@@ -217,6 +223,11 @@ def windows_over(
     """Windows of a size over a grid; if `window` is None, one window that holds the whole grid.
 
     They are shifted by `shift` cells, but not along an axis that one window covers.
+
+    Args:
+        space: size of the grid.
+        window: size of the windows.
+        shift: cells by which windows are shifted along each axis; 0 if None.
     """
     space = [int(size) for size in space]  # while torch traces, sizes are tensors
     sizes = tuple(window or space)
@@ -230,8 +241,8 @@ class Windows(NamedTuple):
     """A grid cut into windows of one size, and padded at the end of each axis to fill the last.
 
     Shifted windows are those of Liu et al. (2021, arXiv:2103.14030, Fig. 4): the grid is rolled, so
-    the number of windows stays. The last windows then hold cells of both ends, which must not
-    attend to one another; see `pairs`.
+    the number of windows does not change. The last windows then hold cells of both ends, which must
+    not attend to one another; see `pairs`.
     """
 
     space: tuple[int, ...]
@@ -285,7 +296,7 @@ class Windows(NamedTuple):
     ) -> Bool[Tensor, "windows cells cells"] | None:
         """Which cells of a window attend to which; None if all on the grid do.
 
-        Cells beyond the grid attend to all on it, or their softmax would be of nothing.
+        Cells beyond the grid attend to all cells on it; otherwise their softmax would be empty.
         """
         if not any(self.shift):
             return None

@@ -1,4 +1,4 @@
-"""Attention over channels and over voxels that share their queries and keys, f(x)."""
+"""Attention over channels and attention over voxels, with the same queries and keys, f(x)."""
 
 import math
 from collections.abc import Sequence
@@ -22,23 +22,26 @@ class PairedAttention(nn.Module):
         channels: softmax(τ_c Q̂ᵀ K̂) V_cᵀ               Q̂, K̂: each channel of length 1 over voxels
         x + λ ⊙ [W_v voxels; W_c channels]
 
-    EPA of Shaker et al. (2022, arXiv:2212.04497, Sec. 3.2), head by head, each W giving half of the
-    channels; λ is a number for each channel, 10⁻⁶ at first. Its cost grows with the number of
-    voxels, not with its square. Unlike theirs, positions are added to the attention's input alone,
-    nothing is dropped, the block's convolutions are left out (the U-Net has its own), and the
-    voxels' result is put back by voxel and head: their code reorders channels there.
+    EPA of Shaker et al. (2022, arXiv:2212.04497, Sec. 3.2), for each head. Each W gives half of the
+    channels. λ is a number for each channel, 10⁻⁶ at first. The cost grows with the number of
+    voxels, not with its square.
 
-    E has a weight for each voxel of a grid of one size. On another grid attention is paid within
-    windows of that size, the last ones filled up with zeros.
+    We differ from their code in four points. Positions are added only to the input of the
+    attention. There is no dropout. The convolutions of the block are left out, because the U-Net
+    has its own. The result over voxels keeps its order of voxels and heads; their code reorders
+    channels there.
 
-    The map is how much each channel receives from its head's channels: 1 is an equal share.
-    Attention over voxels has no map, because no voxel has a weight of its own.
+    E has a weight for each voxel of a grid of one size. On a larger or smaller grid, attention is
+    computed within windows of that size; the last windows are filled up with zeros.
+
+    The map is the attention that each channel receives from the channels of its head; 1 is an equal
+    share. Attention over voxels has no map, because no voxel has its own weight.
 
     Args:
-        channels: of the features, even and a multiple of `heads`.
-        grid: cells along each axis.
-        heads: attentions side by side.
-        projected: mixtures that the voxels are brought to.
+        channels: number of channels of the features, even and a multiple of `heads`.
+        grid: number of cells along each axis.
+        heads: number of heads.
+        projected: number of mixtures of voxels.
         layer_scale: the first value of λ.
     """
 
@@ -107,7 +110,7 @@ class PairedAttention(nn.Module):
         return torch.cat(halves, dim=2)
 
     def _record(self, over_channels: Tensor, batch_size: int) -> None:
-        """How much each channel receives, as the mean over a sample's windows."""
+        """Record the attention that each channel receives, as the mean over a sample's windows."""
         received = over_channels.sum(dim=2).reshape(batch_size, -1, self.positions.shape[2])
         ones = [1] * len(self.grid)
         self.matrix.record(received.mean(dim=1).view(batch_size, -1, *ones))

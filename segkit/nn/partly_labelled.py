@@ -1,9 +1,9 @@
-"""Losses of cases in which only some classes are labelled.
+"""Losses for cases in which only some classes are labelled.
 
 Marginal loss of Shi et al. (2021, arXiv:2007.03868, Sec. 3.1): the background of such a case may
 hold any class that is not labelled. So the background and the unlabelled classes count as one
 class, whose probability is the sum of theirs. Here this works with any loss, because only the
-logits change that the loss gets:
+logits are changed before the loss gets them:
 
     background, unlabelled u, labelled c      z = (1, 2, 0)
     logits that the loss gets                 z = (log(e^1 + e^2), -10000, 0)
@@ -78,6 +78,7 @@ class PartlyLabelled:
     def _known_regions(
         self, levels: Sequence[Tensor], presence: Tensor | None, label: Tensor, hidden: Tensor
     ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor]:
+        """The result of `known` for regions; `hidden` is True for unlabelled outputs."""
         found = []
         for level in levels:
             small = shrunk(label, level.shape[2:])

@@ -1,4 +1,4 @@
-"""Three ways to encode the positions of tokens, which attention cannot know otherwise."""
+"""Three ways to encode the positions of tokens. Without them, attention ignores positions."""
 
 import math
 from collections.abc import Sequence
@@ -29,6 +29,11 @@ def sincos(
     Vaswani et al. (2017, arXiv:1706.03762, Sec. 3.5) along each axis. Channels that are left over
     stay 0.
 
+    Args:
+        shape: size of the grid.
+        channels: number of channels of the result.
+        device: the device of the result.
+
     Raises:
         ValueError: there are fewer than two channels for each axis.
     """
@@ -48,6 +53,11 @@ def rotate(
     the same number of pairs of channels; pairs that are left over are not rotated. The base is 100,
     for small grids (Heo et al. 2024, arXiv:2403.13298, Eq. 12). The product of a query and a key
     then depends on positions only by the offset between the two.
+
+    Args:
+        tokens: queries or keys of the cells of a grid.
+        shape: size of the grid.
+        base: base of the angles.
 
     Raises:
         ValueError: there are fewer than two channels for each axis.

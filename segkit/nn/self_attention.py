@@ -121,10 +121,15 @@ def shifted_pair(
     positions: PositionKind,
     window: Sequence[int],
 ) -> Stage:
-    """Attention within windows, then within windows moved by half their size.
+    """Attention within windows, then within windows that are shifted by half their size.
 
-    Two consecutive layers of Liu et al. (2021, arXiv:2103.14030, Eq. 3), less their MLPs: what one
-    layer keeps apart meets in the next.
+    Two consecutive layers of Liu et al. (2021, arXiv:2103.14030, Eq. 3) without their MLPs. Cells
+    in different windows of the first layer can share a window of the second.
+
+    Args:
+        channels: number of channels of the features.
+        heads, head_channels, positions: as for `SelfAttention`.
+        window: size of the windows, in cells.
     """
     shifts = ([0] * len(window), [size // 2 for size in window])
     return Stage(
@@ -146,10 +151,10 @@ class AdditiveSelfAttention(nn.Module):
     """Features plus one head of additive attention among them.
 
     The weights are softmax_j v^T tanh(W_q q_i + W_k k_j + b) (Bahdanau et al. 2015,
-    arXiv:1409.0473, Sec. A.1.2), where q_i and k_j are the normalised features of two voxels. If v
-    is 0, the result is the plain mean. Memory grows with the number of pairs times the width, so
-    queries are computed in blocks. Training does not keep the blocks; the backward pass computes
-    them again.
+    arXiv:1409.0473, Sec. A.1.2); q_i and k_j are the normalised features of two voxels. If v is 0,
+    the result is the plain mean. Memory grows with the number of pairs times the width, so queries
+    are computed in blocks. Training does not keep the blocks; the backward pass computes them
+    again.
     """
 
     def __init__(self, channels: int, *, width: int) -> None:

@@ -68,7 +68,14 @@ class SpatialExcitation(nn.Module):
 def convolutional_block_attention(
     spatial_dims: int, channels: int, *, reduction: int = 16, kernel_size: int = 7
 ) -> Modulated:
-    """CBAM, Woo et al. (2018, Eq. 1): channel attention, then spatial attention."""
+    """CBAM, Woo et al. (2018, Eq. 1): channel attention, then spatial attention.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: number of channels of the features.
+        reduction: factor by which the channel attention reduces the channels.
+        kernel_size: kernel size of the spatial attention.
+    """
     return Modulated(
         PooledChannelAttention(channels, reduction=reduction),
         PooledSpatialAttention(spatial_dims, kernel_size=kernel_size),

@@ -18,7 +18,7 @@ WEIGHT_DEVIATION = 0.02
 
 
 class LayerScale(nn.Module):
-    """Features times a learned number for each channel, all alike at first.
+    """Features times a learned number for each channel; all numbers start equal.
 
     Touvron et al. (2021, arXiv:2103.17239, Eq. 4).
     """
@@ -28,15 +28,16 @@ class LayerScale(nn.Module):
         self.weight = nn.Parameter(torch.full((channels,), initial))
 
     def forward(self, features: Features) -> Features:
-        """The features, each channel by its own number."""
+        """The features, each channel multiplied by its number."""
         return features * self.weight.view(-1, *[1] * (features.ndim - 2)).to(features.dtype)
 
 
 class DropPath(nn.Module):
-    """In training, 0 instead of the features of some samples; the mean stays.
+    """In training, 0 instead of the features of some samples; the expected value does not change.
 
-    Stochastic depth of Huang et al. (2016, arXiv:1603.09382), sample by sample: with probability
-    `rate` a sample is 0, and else it is divided by 1 - rate. In prediction nothing happens.
+    Stochastic depth of Huang et al. (2016, arXiv:1603.09382), drawn for each sample: with
+    probability `rate` its features become 0; otherwise they are divided by 1 - rate. In prediction
+    the features do not change.
     """
 
     def __init__(self, rate: float) -> None:
@@ -52,7 +53,7 @@ class DropPath(nn.Module):
 
 
 class GatedPerceptron(nn.Module):
-    """W_2 norm(silu(W_g x) * W_1 x) of every token by itself.
+    """W_2 norm(silu(W_g x) * W_1 x), computed for each token separately.
 
     SwiGLU of Shazeer (2020, arXiv:2002.05202, Eq. 6), with biases, and with LayerNorm before W_2
     (Fang et al. 2023, arXiv:2303.11331).
@@ -74,26 +75,26 @@ class GatedPerceptron(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Features plus attention among them, plus a perceptron of each: a token block of Primus.
+    """Features plus attention among them, then plus a perceptron of each: a token block of Primus.
 
-        x ← x + drop(λ₁ ⊙ W_o norm(heads(norm x)))        queries and keys turned by positions
+        x ← x + drop(λ₁ ⊙ W_o norm(heads(norm x)))        queries and keys rotated by positions
         x ← x + drop(λ₂ ⊙ W₂ norm(silu(W_g norm x) ⊙ W₁ norm x))
 
-    Wald et al. (2025, arXiv:2503.01835, Sec. 4; the block of EVA-02, Fang et al. 2023), as their
-    code's third version sets it: rotary positions of base 10,000 shared out evenly to the axes,
-    LayerNorm before W_o, a perceptron 8/3 times as wide as the token, λ of 0.1 at first. Queries
-    and values have biases, W_o has none.
+    Wald et al. (2025, arXiv:2503.01835, Sec. 4; the block of EVA-02, Fang et al. 2023), with the
+    settings of the third version of their code: rotary positions of base 10,000, with the channels
+    divided evenly among the axes; LayerNorm before W_o; a perceptron 8/3 times as wide as the
+    token; λ of 0.1 at first. Queries and values have biases, W_o has none.
 
     Args:
         spatial_dims: 2 or 3.
-        channels: of the features.
-        heads: attentions side by side.
-        head_channels: width of each, a multiple of twice the axes.
-        expansion: width of the perceptron's hidden layer over `channels`.
+        channels: number of channels of the features.
+        heads: number of heads.
+        head_channels: number of channels of each head, a multiple of twice the number of axes.
+        expansion: width of the perceptron's hidden layer, divided by `channels`.
         layer_scale: the first value of λ.
         drop_path: probability that a sample skips a half of the block in training.
-        number: of blocks before this one; the first W_o and W₂ are divided by the root of twice the
-            number of blocks so far.
+        number: number of blocks before this one. The first values of W_o and W₂ are divided by the
+            root of twice the number of blocks up to and including this one.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class TransformerBlock(nn.Module):
                 last.weight.div_(math.sqrt(2 * (number + 1)))
 
     def forward(self, features: Features) -> Features:
-        """The features, each voxel told of the others."""
+        """The features after attention and perceptron."""
         taken = self.attention_scale(self.attention.taken(features))
         features = features + self.drop_path(taken).to(features.dtype)
         # Axes are counted from the front because ONNX's exporter cannot count from the back.
@@ -155,10 +156,17 @@ def transformer_stage(
 ) -> Stage:
     """Token blocks one after another.
 
-    Blocks are dropped in training with a probability that grows evenly from 0 for the first to
-    `drop_path` for the last (Huang et al. 2016, Sec. 3); a single block is never dropped. Unlike
-    Primus there are no learned absolute positions, which would tie the network to one grid, and no
-    LayerNorm behind the last block, so that blocks without attention leave the features alone.
+    Blocks are dropped in training with a probability that grows evenly from 0 for the first block
+    to `drop_path` for the last (Huang et al. 2016, Sec. 3); a single block is never dropped. Two
+    parts of Primus are left out: learned absolute positions, which would fix the size of the grid,
+    and the LayerNorm after the last block. So blocks that add nothing leave the features unchanged.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: number of channels of the features.
+        depth: number of blocks.
+        heads, head_channels, expansion, layer_scale: as for `TransformerBlock`.
+        drop_path: probability with which the last block is dropped.
     """
     return Stage(
         *[

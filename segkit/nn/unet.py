@@ -51,7 +51,16 @@ class GateFactory(Protocol):
         stride: Sequence[int],
         deepest: bool,
     ) -> nn.Module | None:
-        """The gate of a level. Its attribute `signal` says which features steer it."""
+        """The gate of a level. Its attribute `signal` says which features steer it.
+
+        Args:
+            level: level of the skip; 0 is the finest.
+            skip_channels: number of channels of the skip.
+            coarse_channels: number of channels of the coarser decoder features.
+            upsampled_channels: number of channels of these features after upsampling.
+            stride: stride from the skip's grid to the coarser grid.
+            deepest: True if the coarser features are those of the bottleneck.
+        """
 
 
 BlockFactory = Callable[[int], nn.Module]
@@ -75,7 +84,16 @@ class ConvolutionsFactory(Protocol):
         stride: Sequence[int] | None = None,
         norm: NormalisationKind = "instance",
     ) -> nn.Module:
-        """Convolutions that give the last of the widths; the first has the stride."""
+        """Convolutions that give the last of the widths; the first has the stride.
+
+        Args:
+            spatial_dims: 2 or 3.
+            in_channels: number of channels of the input.
+            widths: number of channels of each convolution.
+            kernel: kernel size along each axis.
+            stride: stride of the first convolution; 1 if None.
+            norm: kind of the normalisation.
+        """
 
 
 class Supervised(NamedTuple):
@@ -326,7 +344,7 @@ class UNet(nn.Module):
 
 
 def _identity(channels: int, level: int = 0) -> nn.Module:
-    """The identity, in place of attention."""
+    """The identity, instead of attention."""
     return nn.Identity()
 
 

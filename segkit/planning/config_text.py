@@ -3,32 +3,20 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from segkit.config.data import DataConfig
 from segkit.config.dataset_files import DatasetConfig
 from segkit.planning.plan import Plan
+from segkit.planning.schedule import Schedule
 
 Sections = Mapping[str, Mapping[str, tuple[Any, str]]]
 """For each section and key, the value and its reason. Values of None are not written."""
 
 AVERAGING = 0.999
 WIDTH = 98
-
-
-class Schedule(NamedTuple):
-    """The length of a training and its validations."""
-
-    steps: int
-    why_steps: str
-    """The reason for the number of steps."""
-    validate_every: int
-    validation_cases: int | None = None
-    """Number of cases in each validation; None means all held-out cases."""
-    minutes: float | None = None
-    """Wall time of the run; None if the number of steps is fixed."""
 
 
 def sections_of(
@@ -99,7 +87,7 @@ def sections_of(
             "minutes": (
                 schedule.minutes,
                 "Wall time from preparing the cases to the final scores. The learning rate follows "
-                "the time and reaches its end with it; null trains exactly the given steps.",
+                "this time. With null, training takes exactly the given steps.",
             ),
             "batch_dice": (plan.batch_dice, why["batch_dice"]),
             "optimiser": ("sgd" if own_schedule else "adamw", ""),
@@ -109,12 +97,12 @@ def sections_of(
             ),
             "validate_every": (
                 schedule.validate_every,
-                "Steps between validations, with a checkpoint to resume from.",
+                "Steps between validations. Each also writes a checkpoint to resume from.",
             ),
             "validation_cases": (
                 schedule.validation_cases,
-                "Validations take at most a tenth of the time, so they use only so many of the "
-                "held-out cases; the final scores use all.",
+                "Validations take at most a tenth of the time, so each uses only this number of "
+                "held-out cases. The final scores use all.",
             ),
         },
         "trainer": {"accelerator": (accelerator, "")},

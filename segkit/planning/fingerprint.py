@@ -31,7 +31,7 @@ from segkit.geometry.grid import Orientation, rounded_spacing
 from segkit.io.atomic import write_json
 from segkit.io.checksums import file_states
 from segkit.io.safe_text import read_json
-from segkit.io.volume import is_picture
+from segkit.io.volume_names import is_picture
 from segkit.planning.nnunet_rules import Intensities, Numbers
 from segkit.system.progress import Track, untracked
 from segkit.system.workers import attempted, in_processes

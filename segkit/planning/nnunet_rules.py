@@ -255,6 +255,12 @@ def activations(
     Each level has two convolutions in the encoder, and a transposed convolution and two more
     convolutions in the decoder; then follows the head. As in nnU-Net, heads of deep supervision are
     not counted.
+
+    Args:
+        channels: number of channels of each level, the finest first.
+        strides: stride along each axis, for each step to the next coarser level.
+        patch_size: size of a patch, in voxels.
+        num_classes: number of outputs.
     """
     voxels = _voxels(patch_size, strides)
     down = sum(2 * width * count for width, count in zip(channels, voxels, strict=True))
@@ -276,6 +282,15 @@ def multiply_adds(
 
     Only convolutions are counted, because normalisation and activation cost little in comparison. A
     training step takes three times as many.
+
+    Args:
+        channels: number of channels of each level, the finest first.
+        strides: stride along each axis, for each step to the next coarser level.
+        kernels: kernel size along each axis, for each level.
+        patch_size: size of a patch, in voxels.
+        in_channels: number of channels of the image.
+        num_classes: number of outputs.
+        deep_supervision: whether coarser levels have heads.
     """
     voxels = _voxels(patch_size, strides)
     kernel_voxels = [math.prod(kernel) for kernel in kernels]
@@ -302,7 +317,14 @@ def _voxels(patch_size: Size, strides: Sequence[Size]) -> list[int]:
 
 
 def largest_batch(budget: float, cost: int, patch_size: Size, dataset_voxels: float) -> int:
-    """The largest batch in the budget: at most 5 % of the dataset's voxels, at least 2 patches."""
+    """The largest batch in the budget: at most 5 % of the dataset's voxels, at least 2 patches.
+
+    Args:
+        budget: the memory that a batch may need, in the unit of `cost`.
+        cost: the memory that a patch needs.
+        patch_size: size of a patch, in voxels.
+        dataset_voxels: number of voxels of the dataset, at the target spacing.
+    """
     covered = round(dataset_voxels * LARGEST_SHARE / math.prod(patch_size))
     return max(min(round(budget / cost), covered), SMALLEST_BATCH)
 

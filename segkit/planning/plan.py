@@ -151,7 +151,13 @@ def coarse_plan_for_time(
 def _fits(
     total: float, steps: Steps, gigabytes: float
 ) -> tuple[Callable[[Setting], Fit], Callable[[Setting], Fit]]:
-    """The fit for a total of multiply-adds, and the fit for the memory."""
+    """The fit for a total of multiply-adds, and the fit for the memory.
+
+    Args:
+        total: number of multiply-adds in the whole training.
+        steps: the numbers of steps that must fit.
+        gigabytes: memory of the device, in 10⁹ bytes.
+    """
     return (
         lambda setting: _fit_time(setting, gigabytes, total, steps),
         lambda setting: _fit_memory(setting, gigabytes),
@@ -213,8 +219,9 @@ def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
         f"{_size(candidate.divisor)}{shrunk}: {rules.SMALLEST_BATCH} patches have "
         f"{rules.SMALLEST_BATCH * cost / 1e6:.4g} million activations, and {gigabytes:g} GB {verb} "
         f"{budget / 1e6:.4g} million.",
-        "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches, 5 % of the dataset's "
-        f"voxels are {covered:.4g} patches, and a batch has at least {rules.SMALLEST_BATCH}.",
+        "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches. A batch has at most "
+        f"5 % of the dataset's voxels ({covered:.4g} patches), but at least "
+        f"{rules.SMALLEST_BATCH} patches.",
         "channels": f"{channels[0]} at the finest of {counted(len(channels), 'level')}, doubled "
         "at each step, "
         f"and at most {rules.MOST_CHANNELS[num_axes]}.",
@@ -224,7 +231,14 @@ def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
 
 
 def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> Fit:
-    """The fit for a total number of multiply-adds."""
+    """The fit for a total number of multiply-adds.
+
+    Args:
+        setting: the data.
+        gigabytes: memory of the device, in 10⁹ bytes.
+        total: number of multiply-adds in the whole training.
+        steps: the numbers of steps that must fit.
+    """
     start = _fit_memory(setting, gigabytes)
 
     def cost(candidate: Topology, channels: Sequence[int]) -> int:
@@ -281,7 +295,7 @@ def _target(numbers: Numbers, spatial_dims: int) -> tuple[tuple[float, float, fl
     axes = [axis for axis in range(3) if axis != left_out]
     return spacing, Setting(
         spacing=tuple(spacing[axis] for axis in axes),
-        # A slice of one line is padded, so that the patch of a 2D network is always a slice.
+        # A slice of one line is padded, so that the patch of a 2D network always has two axes.
         median=tuple(max(shape[axis], 4 - spatial_dims) for axis in axes),
         dataset_voxels=math.prod(shape) * len(numbers.shapes),
         in_channels=len(numbers.channels),
@@ -296,6 +310,14 @@ def _plan(
     fit: Callable[[Setting], Fit],
     fit_memory: Callable[[Setting], Fit],
 ) -> Plan:
+    """The plan for a budget.
+
+    Args:
+        numbers: measurements of the dataset.
+        spatial_dims: 2 or 3.
+        fit: makes patch, network and batch within the budget.
+        fit_memory: makes them by the memory only; its patch decides about two stages.
+    """
     if spatial_dims == 3 and (flat := flat_axes(numbers)):
         raise DatasetError(
             f"expected volumes for a plan of 3 dimensions, found one voxel along "
@@ -320,9 +342,10 @@ def _plan(
         "slices": _why_slices(numbers, spacing),
         "low_resolution": why_low,
         "batch_dice": (
-            "A patch covers little of an image, so the Dice of a whole batch is more stable."
+            "A patch covers little of an image, so Dice is computed over the whole batch, which is "
+            "more stable."
             if pooled
-            else "A patch covers enough of an image for its own Dice."
+            else "A patch covers enough of an image, so Dice is computed for each patch."
         ),
     }
     return _assembled(numbers, spacing, fitted, pooled, low, reasons)
@@ -348,6 +371,13 @@ def _low_resolution(
 
     The patches of `fitted` and, at coarser spacings, of `holds` decide about this spacing; `fit`
     makes the plan there.
+
+    Args:
+        numbers: measurements of the dataset.
+        full: the data at full resolution.
+        fitted: the fit at full resolution.
+        holds: the fit whose patch decides about a coarser spacing.
+        fit: makes the plan at that spacing.
 
     Returns:
         The plan, or None if none is needed, and the reason.
@@ -377,7 +407,7 @@ def _low_resolution(
         "spacing": f"{seen} at {_size(full.spacing)} mm; {enough}.",
         "slices": f"The same as at {_size(full.spacing)} mm.",
         "low_resolution": "This is the plan for low resolution.",
-        "batch_dice": "A patch covers enough of an image for its own Dice.",
+        "batch_dice": "A patch covers enough of an image, so Dice is computed for each patch.",
     }
     x, y, z = spacing
     low = _assembled(numbers, (x, y, z), fit(setting), False, None, reasons)
@@ -392,6 +422,7 @@ def _assembled(
     low_resolution: Plan | None,
     reasons: dict[str, str],
 ) -> Plan:
+    """The plan, with the remaining values and their reasons."""
     chosen = fitted.topology
     current = _median_spacing(numbers)
     # Along an axis of one voxel, as in pictures, a spacing means nothing.
@@ -416,15 +447,15 @@ def _assembled(
         separate_z=separate_axis(current, spacing) is not None,
         low_resolution=low_resolution,
         reasons={
-            "strides": f"Each of {len(chosen.strides)} strides halves the axes that keep "
-            f"{rules.SMALLEST_EDGE} voxels and are less than twice as coarse as the finest.",
-            "kernels": f"{num_flat} of {len(chosen.kernels)} levels have an axis at least twice as "
-            f"coarse as the finest; along it, their kernel is 1.",
-            "normalisation": f"Channels are {', '.join(numbers.channels)}, and the median share of "
-            f"the volume inside the body's box is {share:.3g} (under 0.75, zeros are left out).",
+            "strides": f"Each of {len(chosen.strides)} strides halves an axis if it keeps "
+            f"{rules.SMALLEST_EDGE} voxels and is less than twice as coarse as the finest axis.",
+            "kernels": f"Kernels have size 1 along an axis at least twice as coarse as the finest. "
+            f"There is such an axis at {num_flat} of {counted(len(chosen.kernels), 'level')}.",
+            "normalisation": f"The channels are {', '.join(numbers.channels)}. In the median case, "
+            f"the body's box fills {share:.3g} of the volume; below 0.75, zeros are left out.",
             "separate_z": f"The coarsest spacing is {ratios[0]:.3g} times the finest in the median "
-            f"case and {ratios[1]:.3g} times in the target; a single axis of over {ANISOTROPY:g} "
-            f"times would be resampled separately, by the nearest slice.",
+            f"case, and {ratios[1]:.3g} times in this plan. If a single axis is over "
+            f"{ANISOTROPY:g} times as coarse, the nearest slice is taken along it.",
             **fitted.reasons,
             **reasons,
         },

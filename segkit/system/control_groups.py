@@ -50,7 +50,7 @@ def _upwards(top: str, root: str, path: str) -> Iterator[Path]:
         path: the group of this process.
     """
     inside = Path(path)
-    # A container may see paths of the host, of which its mount shows nothing but its own group.
+    # A container may see paths of the host, but its mount shows only its own group.
     inside = inside.relative_to(root) if inside.is_relative_to(root) else Path()
     if ".." in inside.parts:
         inside = Path()

@@ -116,6 +116,13 @@ def record_step(
     """Recording of a network's step in the active precision, or None if it cannot be recorded.
 
     The recording leaves the network's buffers, such as running means, unchanged.
+
+    Args:
+        network: the network, on a CUDA device.
+        losses: returns the loss of a batch first, then other scalars.
+        image: a batch on the device.
+        label: its labels.
+        clip: the largest norm of all gradients together; None for no limit.
     """
     kind, half = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
 

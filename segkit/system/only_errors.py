@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def only_errors(name: str | None = None) -> Iterator[None]:
-    """Within it, a logger and those below it let only errors through.
+    """Inside `with`, a logger and those below it let only errors through.
 
     Args:
-        name: of the logger; the root logger by default.
+        name: name of the logger; the root logger by default.
     """
     logger = logging.getLogger(name)
     level = logger.level

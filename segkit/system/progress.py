@@ -87,6 +87,12 @@ def _time_left(started: float, first: float, now: float, number: int, count: int
     The time until the first item includes the start of processes, and several processes finish
     their first items together. So the speed is measured after the first item, and for at least as
     long as the first item took.
+
+    Args:
+        started, first, now: times of the start, of the end of the first item, and of now, in
+            seconds.
+        number: number of items that are done.
+        count: number of all items.
     """
     if now - first < first - started or number < 2:
         return ""
@@ -109,8 +115,8 @@ class CohortProgress:
         console: the console for bars or lines for people.
         what: the name of the work.
         count: the number of volumes.
-        reports: where reports for programs are written: one JSON object per line, with `progress`
-            (the share that is done, from 0 to 1), `volumes` (how many there are) and
+        reports: a stream to which reports for programs are written: one JSON object per line, with
+            `progress` (the share that is done, from 0 to 1), `volumes` (their number) and
             `seconds_left` (null before it can be estimated).
     """
 

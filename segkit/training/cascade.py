@@ -151,7 +151,12 @@ def label_cases(
 def first_stage_of(
     models: Sequence[FirstModel], train_cases: Sequence[CaseFiles], held_out: Sequence[CaseFiles]
 ) -> dict[str, Any]:
-    """For the summary: the models, and how many cases at least one of them held out."""
+    """For the summary: the models, and how many cases at least one of them held out.
+
+    Args:
+        models: the models of the first stage.
+        train_cases, held_out: the cases of the second stage.
+    """
     if not models:
         return {}
     unseen = frozenset[str]().union(*(first.held_out for first in models))

@@ -157,6 +157,11 @@ def is_one_of(key: str, names: Any) -> bool:
 def check_changes(source: str, found: Iterable[Change], steps_done: int) -> None:
     """Check that a run allows these changes.
 
+    Args:
+        source: the run's folder, for messages.
+        found: the key of each change, with the values before and after.
+        steps_done: number of steps that the run has done.
+
     Raises:
         ConfigError: a setting that must not change was changed, or no step is left.
     """
@@ -195,7 +200,7 @@ def split_is_edited(run: Path, config: Config) -> bool:
     """
     try:
         begun = settings_of(read_json_object(run / BEGUN), str(run / BEGUN))
-    except FileNotFoundError:  # the run of an older version
+    except FileNotFoundError:  # a run of an older version
         return False
     except (OSError, ValueError) as error:
         raise ConfigError(f"{run / BEGUN}: cannot be read as JSON: {error}; delete it") from None

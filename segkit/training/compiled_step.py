@@ -1,9 +1,9 @@
-"""Network and loss of a training step, compiled by `torch.compile` if this is asked for or pays.
+"""Network and loss of a training step, compiled by `torch.compile` if requested or if it is faster.
 
 The compiled function is not a part of the module, so names of weights and checkpoints stay the
 same. `auto` decides by measuring:
 
-    10 steps as usual ── is enough left? ── compile ── 10 compiled steps ── keep the faster way
+    10 steps as usual ── enough time left? ── compile ── 10 compiled steps ── keep the faster way
 """
 
 import logging

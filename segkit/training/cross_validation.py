@@ -38,16 +38,13 @@ from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advice_on_stop
 from segkit.training.changed_settings import changes, in_a_sentence
-from segkit.training.fit import resume, train
-from segkit.training.fold_settings import (
-    check_new_settings,
-    is_done,
-    tell_differences,
-)
+from segkit.training.fit import train
+from segkit.training.fold_settings import check_new_settings, is_done, tell_differences
 from segkit.training.folds import folds_of
 from segkit.training.kept_split import case_names, read_split
 from segkit.training.parts import refuse_replaced
 from segkit.training.resolve import with_absolute_paths
+from segkit.training.resume import resume
 from segkit.training.run_folder import lock_if_free, locked_folder, new_run_folder
 from segkit.training.split import nth_of
 
@@ -122,7 +119,7 @@ def cross_validate(
 
     Raises:
         ConfigError: the config names a fold or several processes, or does not fit the dataset.
-        DatasetError: there are fewer cases than folds.
+        DatasetError: there are fewer cases than folds, or there is no fold of such a number.
         SegkitError: a training fails, as `train` describes.
 
     Example:
@@ -188,7 +185,7 @@ def resume_folds(
         folder: the folder of the cross-validation.
         folds: numbers of folds to train as well, or "all".
         overrides: changes of settings such as `train.steps=2000`, for all folds. With more steps,
-            finished folds go on too.
+            finished folds continue too.
         say: receives a line of text before each fold.
         callbacks: Lightning callbacks that are called during each training.
         track: shows the progress over cases.
@@ -260,8 +257,17 @@ def _go_on(
     callbacks: Sequence[Callback],
     track: Track,
 ) -> CrossValidation:
+    """Train the folds that are missing, and pool all folds if none is missing afterwards.
+
+    Args:
+        folder: the folder of the cross-validation.
+        record: its folds and its config.
+        say: receives a line of text before each fold.
+        callbacks: Lightning callbacks that are called during each training.
+        track: shows the progress over cases.
+    """
     with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
-        (folder / SUMMARY).unlink(missing_ok=True)  # it is no longer what the folds say
+        (folder / SUMMARY).unlink(missing_ok=True)  # it is out of date once a fold is trained
         known = _record_of(folder).folds if (folder / FOLDS).is_file() else []
         record = record.model_copy(update={"folds": sorted({*known, *record.folds})})
         write_json(folder / FOLDS, record.model_dump(mode="json"))
@@ -279,7 +285,7 @@ def _go_on(
                 dataset = _as_begun(folder, record)
                 train(config, runs=folder, callbacks=callbacks, track=track, dataset=dataset)
     with locked_folder(folder, wait=SECONDS_FOR_ANOTHER):
-        # Another process may have begun more of them meanwhile; the last to end pools all.
+        # Another process may have started more folds meanwhile. The last to finish pools all.
         record = _record_of(folder)
         if missing := _missing(folder, record):
             say(
@@ -294,7 +300,7 @@ def _go_on(
 
 
 def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
-    """Pool the finished folds of a folder; its models adopt the choices that all of them favour."""
+    """Pool the finished folds of a folder. Their models get the selected post-processing."""
     summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in folds}
     models = [_fold(folder, fold) / "model" for fold in folds]
     summary = pool_folds(folder.name, summaries)

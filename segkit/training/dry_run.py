@@ -156,8 +156,8 @@ class Stopwatch(Callback):
     """A callback that measures the time of steps, and the peak memory after them.
 
     Args:
-        stands_for: each case that is trained on stands for so many cases of the dataset, which
-            decides whether all of them would fit into the memory of a GPU.
+        stands_for: number of cases of the dataset that each trained case represents. It decides
+            whether all cases would fit into the memory of a GPU.
     """
 
     def __init__(self, stands_for: float = 1.0) -> None:
@@ -191,7 +191,7 @@ class Stopwatch(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Record the end of a step. A GPU is waited for only where measuring begins and ends."""
+        """Record the end of a step. Only the first and the last measured step wait for a GPU."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         done = trainer.global_step

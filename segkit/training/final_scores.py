@@ -4,27 +4,36 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Unpack
 
+import lightning as L
 import numpy as np
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from segkit.config.training import Config
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.label_numbers import volume_as_in_files, within
 from segkit.evaluation.dice import dice_of
 from segkit.evaluation.overlap import mean_of_defined
-from segkit.evaluation.temperature import HeldOutVoxels
+from segkit.evaluation.temperature import HeldOutVoxels, Temperature
 from segkit.inference.model_walk import PredictionOptions
-from segkit.inference.postprocess import Operation, class_means
+from segkit.inference.postprocess import Operation, candidates, class_means
 from segkit.inference.predictor import Predictor
 from segkit.io.disk_arrays import in_memory
 from segkit.io.volume import read_volume
 from segkit.model.folder import Model
 from segkit.system.progress import Track
 from segkit.training.held_out_files import HeldOutFiles
+from segkit.training.parts import TrainingParts
+from segkit.training.time_budget import TimeBudget
 
 logger = logging.getLogger(__name__)
+
+LONG_SCORING = 60.0
+"""If a timed run's final scores would take so many seconds in PyTorch, another engine is faster."""
 
 
 def score(
@@ -138,3 +147,74 @@ def score(
         "dice_of_cases": by_class_name(dice),
         **more,
     }
+
+
+def scored_model(model: Model, folder: Path, budget: TimeBudget | None) -> Model:
+    """The model as the final scores use it.
+
+    Only a model that lies in a folder is converted by OpenVINO (`choose_engine`), which takes up to
+    half a minute and then needs half the time of PyTorch. So a timed run names the folder if its
+    scores take longer than two such conversions. A run with a fixed number of steps never does, so
+    that its scores are the same bit for bit everywhere.
+    """
+    if budget is None or budget.held_out * budget.per_case < LONG_SCORING:
+        return model
+    return replace(model, folder=folder)
+
+
+def scores_of_run(
+    parts: TrainingParts,
+    config: Config,
+    model: Model,
+    trainer: L.Trainer,
+    track: Track,
+    until: float,
+) -> tuple[dict[str, Any], Temperature | None]:
+    """The scores of the run on its held-out cases, and the best score during training.
+
+    With `train.calibrate`, also the temperature of its probabilities.
+    """
+    # Only a cross-validation selects post-processing, so only a fold measures it. Regions overlap:
+    # removing a component of one would change others.
+    adopts = config.data.fold is not None and not parts.dataset.regions
+    best = trainer.checkpoint_callback
+    assert isinstance(best, ModelCheckpoint)
+    highest = best.best_model_score
+    assert best.dirpath is not None
+    labelling, keep = model.description.labelling, config.train.keep_held_out
+    voxels = None
+    if config.train.calibrate:
+        background = {} if labelling.regions else {next(iter(labelling.numbers)): (0,)}
+        voxels = HeldOutVoxels(
+            {**background, **labelling.members},
+            bool(labelling.regions),
+            len(parts.split.held_out),
+            labelling.ignore,
+        )
+    scores = {
+        "note": "Dice of whole held-out volumes on their own grids, by the weights in model/",
+        **score(
+            model,
+            parts.dataset,
+            parts.split.held_out,
+            track,
+            device=str(trainer.strategy.root_device),
+            first_labels=parts.first_labels,
+            operations=candidates(list(model.description.labels.values())[1:]) if adopts else {},
+            # A cross-validation needs all cases of a fold.
+            until=until if config.data.fold is None else math.inf,
+            files=None if keep == "nothing" else HeldOutFiles(Path(best.dirpath), keep),
+            voxels=voxels,
+        ),
+        f"best_mean_{parts.validation.measure}_during_training": (
+            None if highest is None else float(highest)
+        ),
+    }
+    temperature = voxels.fit() if voxels is not None else None
+    if temperature is None and voxels is not None:
+        logger.warning(
+            "train.calibrate: no held-out case is completely labelled, so no temperature is stored"
+        )
+    if temperature is not None and temperature.at_limit:
+        logger.warning("train.calibrate: %s", temperature.told)
+    return scores, temperature

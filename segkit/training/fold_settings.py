@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.config.load import load_config
+from segkit.config.load import changed, load_config
 from segkit.config.training import Config
 from segkit.errors import ConfigError, first_few
 from segkit.model.file_names import CONFIG, SUMMARY
@@ -21,6 +21,7 @@ from segkit.training.changed_settings import (
     is_one_of,
 )
 from segkit.training.run_folder import checkpoint_of, read_record
+from segkit.training.unused_settings import refuse_unused
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def may_differ(change: Change) -> bool:
 
 
 def _kinds(normalisation: Any) -> list[tuple[Any, ...]]:
-    """What is given, not measured, of the normalisation of each channel."""
+    """The normalisation of each channel, without values that are measured."""
     channels = normalisation if isinstance(normalisation, list) else [normalisation]
     return [(each and each.get("kind"), each and each.get("nonzero")) for each in channels]
 
@@ -122,15 +123,15 @@ def _differences(configs: Mapping[int, Config]) -> Iterator[tuple[int, Change]]:
 def check_new_settings(
     folder: Path, before: Config, after: Config, begun: Mapping[int, Path]
 ) -> None:
-    """Check that a cross-validation may go on with changed settings.
+    """Check that a cross-validation may continue with changed settings.
 
     If no fold has a checkpoint yet, nothing is trained, and all settings but the name may change.
 
     Args:
         folder: the folder of the cross-validation.
         before: its settings.
-        after: the settings with which it would go on.
-        begun: the run of each fold that was begun.
+        after: the settings with which it would continue.
+        begun: the run of each fold that was started.
 
     Raises:
         ConfigError: a setting must not change, or only if all folds are trained further.
@@ -144,6 +145,7 @@ def check_new_settings(
         return
     done = [read_record(run)[1] for run in trained.values()]
     check_changes(source, found, max(done, default=0))
+    refuse_unused(source, found, after, held_out=True)
     others = [each for each in found if not is_one_of(each[0], SHOWN | OF_THE_MACHINE)]
     if not others or not finished:
         return
@@ -156,8 +158,8 @@ def check_new_settings(
     if after.train.steps <= before.train.steps:
         raise ConfigError(
             f"{folder}: {others[0][0]} was changed, but {names} finished with the earlier value, "
-            f"and folds of one cross-validation share their settings; change it back, set more "
-            f"train.steps too, with which all folds go on, or train a new cross-validation"
+            f"and folds of one cross-validation share their settings; change it back, also set "
+            f"more train.steps (then all folds continue), or train a new cross-validation"
         )
 
 
@@ -168,4 +170,4 @@ def is_done(run: Path, overrides: Sequence[str]) -> bool:
     if not any(override.startswith("train.steps=") for override in overrides):
         return True
     config = load_config(run / CONFIG)
-    return load_config(run / CONFIG, overrides).train.steps <= config.train.steps
+    return changed(config, overrides).train.steps <= config.train.steps

@@ -1,4 +1,4 @@
-"""Weights that stay as they are, by patterns of their names, until a step or to the end."""
+"""Weights that are not trained, by patterns of their names, until a step or to the end."""
 
 import math
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ class Freezing:
         return any(step < math.inf for step in self.until.values())
 
     def set_step(self, step: int) -> bool:
-        """Freeze the weights that are not trained at a step; whether they are others now."""
+        """Freeze the weights that are not trained at a step; return whether the set has changed."""
         frozen = {name for name, until in self.until.items() if step < until}
         changed = frozen != self.frozen
         self.frozen = frozen
@@ -73,13 +73,13 @@ class Freezing:
         return changed
 
     def set_modes(self) -> None:
-        """Have frozen normalisations of batches keep their means, and the others follow theirs."""
+        """Make frozen batch normalisations keep their running means; others update theirs."""
         for layer in self.normalisations:
             layer.train(layer.weight.requires_grad)
 
     @property
     def told(self) -> str:
-        """One line that says how many weights stay as they are, and until when."""
+        """One line with the number of frozen weights, and the step at which they are trained."""
         numbers = sum(self.parameters[name].numel() for name in self.until)
         total = sum(each.numel() for each in self.parameters.values())
         steps = [

@@ -5,13 +5,8 @@ from pathlib import Path
 from segkit.data.dataset import CaseFiles
 from segkit.inference.predictor import Prediction
 from segkit.io.disk_arrays import Allocate, OnDisk, in_memory
-from segkit.io.volume import (
-    WRITTEN_PICTURES,
-    WRITTEN_SUFFIXES,
-    numbers_suffix,
-    result_suffix,
-    write_volume,
-)
+from segkit.io.volume import write_volume
+from segkit.io.volume_names import WRITTEN_PICTURES, WRITTEN_SUFFIXES, numbers_suffix, result_suffix
 
 HELD_OUT = "held_out"
 """The folder of a run with predictions of its held-out cases."""
@@ -21,8 +16,8 @@ class HeldOutFiles:
     """Writes `CASE_seg` and, if asked, `CASE_prob`, named and made as `segkit predict` does.
 
     Args:
-        folder: of the run.
-        keep: `labels`, or `probabilities`, which are kept beside labels.
+        folder: the folder of the run.
+        keep: `labels`, or `probabilities` to write both.
     """
 
     def __init__(self, folder: Path, keep: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.data.dataset import CaseFiles, Dataset
-from segkit.errors import ConfigError, DatasetError, counted
+from segkit.errors import ConfigError, DatasetError
 from segkit.io.safe_text import read_json_object
 from segkit.training.parts import TrainingParts
 from segkit.training.split import Split
@@ -22,6 +22,11 @@ MOST_CASES_TOLD = 5
 """A sentence names at most so many cases and counts the others."""
 SplitNames = Mapping[str, Sequence[str]]
 """Names of cases, under the keys `train` and `held_out`."""
+
+
+def names_of(parts: TrainingParts) -> dict[str, list[str]]:
+    """The names of the cases in each part of a training's split."""
+    return {part: [case.name for case in cases] for part, cases in parts.split._asdict().items()}
 
 
 def read_split(path: Path) -> SplitNames | None:
@@ -52,6 +57,11 @@ def read_split(path: Path) -> SplitNames | None:
 
 def check_not_moved(path: Path, now: SplitNames, begun: SplitNames) -> None:
     """Check that split.json moves no case from one part to the other.
+
+    Args:
+        path: the split.json.
+        now: the names that it holds.
+        begun: the names with which the run began.
 
     Raises:
         ConfigError: a case that was trained on is held out now, or the reverse.
@@ -88,8 +98,8 @@ def kept_split(dataset: Dataset, names: SplitNames, source: Path) -> Split:
         gone = [name for name in names[part] if name not in here]
         if gone and len(gone) == len(names[part]):
             raise DatasetError(
-                f"{dataset.folder}: contains none of the {counted(len(gone), f'{kind} case')} of "
-                f"{source}; check data.folder, or start a new run"
+                f"{dataset.folder}: expected the {kind} cases of {source} ({case_names(gone)}), "
+                f"found none of them; check data.folder, or start a new run"
             )
         if gone:
             logger.warning(

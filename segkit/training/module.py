@@ -123,13 +123,13 @@ class SegmentationModule(L.LightningModule):
         # If a step has several batches, this is the mean of the batches so far.
         self.losses_of_step = [*self.losses_of_step[:place], loss.detach()]
         if self.device.type == "cuda" and not logs_this_step(self.trainer):
-            return loss  # a GPU's step is so short that logging each would be a part of it
+            return loss  # steps on a GPU are so short that logging each would slow them down
         if others:
             self.log("train/presence_loss", others[0], batch_size=len(label))
         self.log(
             "train/loss",
             torch.stack(self.losses_of_step).mean() if place else loss,
-            prog_bar=False,  # or Lightning would wait for the loss of each step
+            prog_bar=False,  # otherwise Lightning would wait for the loss of each step
             batch_size=len(label),
             sync_dist=self.trainer.world_size > 1,
         )
@@ -237,9 +237,9 @@ class SegmentationModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make Lightning log by the true step, and note that the first step is done."""
         if self.freezing is not None:
-            # By the schedule's own step, which follows the time if that is limited.
+            # The step of the schedule, which follows the time if time is limited.
             if self.freezing.set_step(self.budget.advanced if self.budget else self.global_step):
-                self.graphed = None  # it would go on to leave out what was frozen
+                self.graphed = None  # the recorded step leaves out weights that were frozen then
             self.freezing.set_modes()
         self.steps_begun |= batch_idx > 0
         log_by_true_step(self.trainer)

@@ -167,7 +167,9 @@ def prepare(
     Raises:
         ConfigError: the config does not fit the dataset or this machine.
         DatasetError: a case cannot be read or used.
+        VolumeError: a file of a case is missing or damaged.
         ModelError: the network or a model that the config names cannot be used.
+        WorkerError: a process that prepares cases was killed.
 
     Example:
         >>> parts = segkit.prepare(segkit.load_config("my_dataset.yaml"))

@@ -23,8 +23,8 @@ def pool(folders: Sequence[str | Path], out: str | Path) -> CrossValidation:
     """Put folds that were trained apart together as one cross-validation.
 
     The folds are copied. The result is that of a cross-validation that trained all of them: its
-    summary, its post-processing, and a folder that `predict` takes and `train --resume` goes on
-    with.
+    summary, its post-processing, and a folder that `segkit predict` accepts and that
+    `segkit train --resume` continues.
 
     Args:
         folders: cross-validations (`segkit train --folds 0`), or runs that were trained with
@@ -35,8 +35,9 @@ def pool(folders: Sequence[str | Path], out: str | Path) -> CrossValidation:
         The cross-validation.
 
     Raises:
-        ConfigError: a folder holds no finished fold, a fold is there twice, or folds do not belong
-            together: other settings, or drawn from other cases.
+        ConfigError: `out` exists, a folder contains no finished fold, a fold occurs twice, or the
+            folds do not belong together: they have other settings, were drawn from other cases, or
+            hold out the same case.
 
     Example:
         >>> segkit.pool(["here/runs/kidney", "there/runs/kidney"], "runs/kidney_all")
@@ -108,7 +109,7 @@ def _check_splits(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> No
     for fold in others:
         cases = {*splits[fold]["train"], *splits[fold]["held_out"]}
         if apart := sorted(known ^ cases):
-            if given:  # a file of folds may leave cases out of some
+            if given:  # in a file of folds, some folds may lack cases
                 continue
             raise ConfigError(
                 f"{runs[fold]}: expected the same cases as in {runs[first]}, but "

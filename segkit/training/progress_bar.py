@@ -27,7 +27,7 @@ class TrainingProgress(Callback):
             return
         self.started = self.last = time.monotonic()
         self.first_step = trainer.global_step
-        if self.task is not None:  # of the previous fold
+        if self.task is not None:  # the bar of the previous fold
             self.display.remove_task(self.task)
         for note in getattr(pl_module, "notes", ()):
             self.console.print(printable(note), highlight=False, markup=False, soft_wrap=True)

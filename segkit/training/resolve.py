@@ -186,8 +186,8 @@ def check_precision(config: Config) -> None:
         )
     if asked == "16-mixed" and accelerator(config) == "cpu":
         raise ConfigError(
-            "trainer.precision is 16-mixed, which PyTorch trains in only on a GPU, but the device "
-            "is the CPU; choose auto, 32-true or bf16-mixed"
+            "trainer.precision is 16-mixed, with which PyTorch trains only on a GPU, but the "
+            "device is the CPU; choose auto, 32-true or bf16-mixed"
         )
 
 
@@ -258,6 +258,7 @@ def _absolute(model: Path) -> Path:
 def _data(
     config: DataConfig, dataset: Dataset, split: Split, runs: Path, track: Track
 ) -> DataConfig:
+    """The section `data` with a value for every setting."""
     spacing = config.spacing or median_spacing(
         [grid_of_case(case, dataset) for case in split.train]
     )

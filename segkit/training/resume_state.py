@@ -1,7 +1,8 @@
 """The record of a run in its checkpoints, and changed settings in a resumed run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -9,8 +10,51 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from segkit.config.training import Config
+from segkit.training.changed_files import states_of
+from segkit.training.changed_settings import Change
+from segkit.training.kept_split import SplitNames, names_of
 from segkit.training.lightning_private import begin_epoch_at
+from segkit.training.parts import TrainingParts
 from segkit.training.run_folder import RECORD_KEY
+
+
+def record_of(
+    parts: TrainingParts,
+    config: Config,
+    before: Mapping[str, Any] = MappingProxyType({}),
+    found: Sequence[Change] = (),
+    step: int = 0,
+    names: SplitNames | None = None,
+) -> dict[str, Any]:
+    """The record of a run for its checkpoints: settings, split, and settings that were changed.
+
+    Args:
+        parts: the parts of the training.
+        config: the resolved config.
+        before: the record so far; empty for a new run.
+        found: the settings that change now.
+        step: the step from which on they apply.
+        names: the split that the run keeps; by default that of the parts.
+    """
+    changed = [
+        {"step": step, "setting": key, "before": old, "after": new} for key, old, new in found
+    ]
+    split = names or names_of(parts)
+    begun_from = parts.taken_over.as_json() if parts.taken_over else before.get("start_from")
+    return {
+        "config": config.model_dump(mode="json"),
+        "split": {part: list(split[part]) for part in ("train", "held_out")},
+        "changes": [*before.get("changes", []), *changed],
+        "files": states_of((*parts.split.train, *parts.split.held_out)),
+        **({"start_from": begun_from} if begun_from else {}),
+    }
+
+
+def record_in(trainer: L.Trainer) -> Mapping[str, Any]:
+    """The record that checkpoints of a training contain."""
+    noted = next(each for each in trainer.callbacks if isinstance(each, ResumeState))  # type: ignore[attr-defined]
+    return noted.record
 
 
 class ResumeState(Callback):

@@ -25,6 +25,7 @@ from segkit.io.atomic import whole
 from segkit.io.safe_text import read_text
 from segkit.model.checkpoint import UNREADABLE
 from segkit.model.file_names import CONFIG
+from segkit.system.signals import advice_on_stop
 from segkit.training.csv_logger import MetricsFile
 
 try:
@@ -150,6 +151,16 @@ def _lock(handle: int, path: Path) -> bool:
 def _is_still(path: Path, handle: int) -> bool:
     """Whether a path still names the file that is open."""
     return path.exists() and os.path.samestat(path.stat(), os.fstat(handle))
+
+
+@contextmanager
+def locked_run(folder: Path) -> Iterator[None]:
+    """Lock a run's folder for this process; a stop says how to continue the run."""
+    with (
+        locked_folder(folder),
+        advice_on_stop(f"segkit train --resume {folder} continues from there"),
+    ):
+        yield
 
 
 def checkpoint_of(folder: Path) -> Path | None:

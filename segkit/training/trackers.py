@@ -39,6 +39,11 @@ class FinishingWandbLogger(WandbLogger):
 def trackers(folder: Path, names: Sequence[str], settings: Mapping[str, Any]) -> list[Logger]:
     """A logger for each name. A new record starts with the settings; an existing one is continued.
 
+    Args:
+        folder: the run's folder.
+        names: names of the trackers.
+        settings: the settings that a new record starts with.
+
     Raises:
         ConfigError: a package is missing, or a server refuses.
     """

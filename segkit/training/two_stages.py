@@ -16,9 +16,10 @@ from segkit.config.training import Config
 from segkit.errors import ConfigError
 from segkit.model.file_names import CONFIG, SUMMARY
 from segkit.system.progress import Track, untracked
-from segkit.training.fit import Run, fit_with_files, resume, train
+from segkit.training.fit import Run, fit_with_files, train
 from segkit.training.parts import prepare
 from segkit.training.resolve import with_absolute_paths
+from segkit.training.resume import resume
 from segkit.training.run_folder import SECOND_STAGE
 
 
@@ -65,7 +66,16 @@ def train_first(
     track: Track = untracked,
     spent: float = 0.0,
 ) -> Run:
-    """Train a first stage, with the config of the second in its folder, for a later resume."""
+    """Train a first stage, with the config of the second in its folder, for a later resume.
+
+    Args:
+        low: the config of the first stage.
+        full: the config of the second stage.
+        runs: the folder in which the run's folder is made.
+        callbacks: Lightning callbacks that are called during training.
+        track: shows the progress over cases.
+        spent: seconds of `train.minutes` that are used already.
+    """
     return fit_with_files(
         {SECOND_STAGE: dump_yaml(with_absolute_paths(full))},
         prepare(low, runs=runs, track=track),

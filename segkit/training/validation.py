@@ -58,7 +58,13 @@ def dice_of_groups(
     groups: Sequence[Sequence[int]],
     ignore: int | None,
 ) -> Float[Tensor, " classes"]:
-    """The Dice of each group of labels. Voxels whose label is `ignore` do not count."""
+    """The Dice of each group of labels. Voxels whose label is `ignore` do not count.
+
+    Args:
+        prediction, label: label maps of the same shape.
+        groups: the labels of each group.
+        ignore: label of voxels that do not count; None if there are none.
+    """
     highest = max(ignore or 0, *(number for group in groups for number in group))
     matrix = confusion_matrix(prediction, label.to(prediction.device), highest + 1)
     # One copy to the host; each sum of a group on a GPU would be another wait.

@@ -14,7 +14,7 @@ from segkit.cli.main import main
 from segkit.config.load import dump_yaml
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, read_volume, write_volume
-from segkit.planning import make_plan as planning
+from segkit.planning import planned_seconds, planning_task
 from tests.helpers import affine_of
 from tests.small import small_config, small_dataset
 
@@ -225,8 +225,8 @@ def test_an_awkward_volume_is_explained(
 def test_a_dataset_of_awkward_images_is_planned_and_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segkit: Callable[..., tuple[int, str]]
 ) -> None:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 20e9)
-    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.01)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 20e9)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.01)
     data = small_dataset(tmp_path / "data")
     for number, values in enumerate((np.zeros((16, 16, 16)), np.full((2, 3, 4), 5), NOISE[:, :1])):
         scan(data / "imagesTr" / f"case_{number}.nii.gz", values.astype(np.float32))

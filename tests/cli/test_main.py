@@ -94,7 +94,7 @@ def test_our_own_bugs_keep_their_traceback(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("segkit.checking.check", broken)
+    monkeypatch.setattr("segkit.checking.check.check", broken)
     monkeypatch.setattr(sys, "argv", ["segkit", "check", str(tmp_path)])
     with pytest.raises(ZeroDivisionError, match="ours"):
         main()
@@ -106,7 +106,7 @@ def test_an_error_of_the_system_is_one_line_and_exit_code_2(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "out.json")
 
-    monkeypatch.setattr("segkit.checking.check", full)
+    monkeypatch.setattr("segkit.checking.check.check", full)
     code, _, err = run("check", tmp_path, capsys=capsys)
     assert code == 2
     assert err == (
@@ -141,7 +141,7 @@ def test_a_command_that_is_asked_to_stop_says_so_in_one_line(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("segkit.checking.check", lambda *_, **__: signal.raise_signal(signum))
+    monkeypatch.setattr("segkit.checking.check.check", lambda *_, **__: signal.raise_signal(signum))
     name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
     sentence = f"segkit: stopped by {name}; run the same command again to go on\n"
     assert run("check", tmp_path, capsys=capsys) == (code, "", sentence)

@@ -9,7 +9,7 @@ import pytest
 
 from segkit.cli.train import dims_of
 from segkit.config.load import dump_yaml
-from segkit.planning import make_plan as planning
+from segkit.planning import nnunet_rules, planning_task
 from tests.cli.command import run
 from tests.small import magnified, small_config, small_dataset
 
@@ -75,9 +75,9 @@ def test_a_large_dataset_is_planned_and_trained_in_two_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 3e8)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 3e8)
     # As if 8 GB held a patch of under a quarter of these volumes.
-    monkeypatch.setattr(planning.rules, "REFERENCE_ACTIVATIONS", {2: 85e6, 3: 3e5})
+    monkeypatch.setattr(nnunet_rules, "REFERENCE_ACTIVATIONS", {2: 85e6, 3: 3e5})
     magnified(small_dataset(tmp_path / "balls", num_cases=2), 2)
     code, out, err = run("plan", "balls", "--device", "cpu", "--no-race", capsys=capsys)
     assert code == 0, err
@@ -108,7 +108,7 @@ def test_a_plan_does_not_take_the_name_of_the_file_that_describes_the_dataset(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e11)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e11)
     (small_dataset(tmp_path / "balls") / "dataset.json").unlink()
     files = "images: {T1: imagesTr/*.nii.gz}, label: labelsTr/*.nii.gz"
     labels = "labels: {background: 0, ball: 1}"
@@ -125,7 +125,7 @@ def test_plan_and_train_print_their_results_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("segkit.planning.make_plan.multiply_adds_per_second", lambda *_: 1e11)
+    monkeypatch.setattr("segkit.planning.planning_task.multiply_adds_per_second", lambda *_: 1e11)
     small_dataset(tmp_path / "balls")
     words = ("plan", "balls", "--device", "cpu", "--minutes", "1", "--json")
     code, out, err = run(*words, capsys=capsys)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.load import dataset_in
 from segkit.data.bids import bids_labels, parts_of

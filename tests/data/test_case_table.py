@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.config.data import SplitDatasetConfig
 from segkit.config.load import dataset_in, load_config
 from segkit.data.case_table import unused_columns

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.config.labels import Labelling
 from segkit.data.dataset import read_case, read_dataset
 from segkit.data.dataset_json import read_dataset_file, read_labelling

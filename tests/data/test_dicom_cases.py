@@ -15,7 +15,7 @@ from segkit.data.dataset import check_headers, dataset_of, grid_of_case, read_ca
 from segkit.errors import DatasetError, SegkitError
 from segkit.evaluation.evaluate import evaluate
 from segkit.geometry.grid import Grid
-from segkit.io import dicom
+from segkit.io import dicom, dicom_headers, dicom_listing
 from segkit.io.checksums import file_states
 from segkit.io.dicom_tree import read_tree
 from segkit.io.volume import write_volume
@@ -237,13 +237,14 @@ def test_each_header_of_a_cohort_is_read_once(
     cohort: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    whole = dicom._reader
+    whole = dicom_headers.reader_of
 
     def counted(file: Path) -> Any:
         read.append(file)
         return whole(file)
 
-    monkeypatch.setattr(dicom, "_reader", counted)
+    for module in (dicom, dicom_listing):
+        monkeypatch.setattr(module, "reader_of", counted)
     dataset = dataset_of(settings(cohort))
     check_headers(dataset.cases, dataset)
     dataset_of(settings(cohort))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.data import fetch as fetching
 from segkit.data.fetch import Source, decathlon, fetch_dataset, named
 from segkit.errors import DatasetError, SegkitError

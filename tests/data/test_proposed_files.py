@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.load import dataset_in
 from segkit.data.dataset import dataset_of

@@ -31,7 +31,7 @@ def test_a_phantom_is_one_piece_of_two_parts_the_first_in_front(tmp_path: Path) 
 
 def test_intensity_alone_does_not_find_the_structure(tmp_path: Path) -> None:
     """As much of the rest of the scan is as grey as it."""
-    write_hippocampi(tmp_path, 2)
+    write_hippocampi(str(tmp_path), 2)
     dataset = read_dataset(tmp_path)
     for case in dataset.cases:
         scan, label = read_case(case, dataset)

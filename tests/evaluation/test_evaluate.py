@@ -12,7 +12,8 @@ import segkit
 from segkit.errors import VolumeError
 from segkit.evaluation.evaluate import evaluate, labels_file
 from segkit.geometry.grid import Grid
-from segkit.io.volume import Volume, rounded_in_words, write_volume
+from segkit.io.volume import Volume, write_volume
+from segkit.io.whole_numbers import rounded_in_words
 
 
 @pytest.fixture

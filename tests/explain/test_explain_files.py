@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.config.attention import AdditiveGridGateConfig, CrossAttentionConfig
 from segkit.errors import ModelError, VolumeError
-from segkit.explain.explain_files import explain_files, explain_heads, find_references
+from segkit.explain.explain_files import explain_files
+from segkit.explain.explain_heads import explain_heads
 from segkit.explain.explain_scan import explain_volume
 from segkit.explain.heads.study import (
     HeadFigures,
@@ -20,6 +21,7 @@ from segkit.explain.heads.study import (
     head_table,
     study_heads,
 )
+from segkit.explain.references import find_references
 from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor
 from segkit.io.inputs import Input, find_inputs

@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from segkit.config.attention import AdditiveGridGateConfig
 from segkit.errors import SegkitError, VolumeError
 from segkit.explain.display import Table
-from segkit.explain.explain_scan import Explanation, explain_volume
+from segkit.explain.explain_scan import explain_volume
+from segkit.explain.explanation import Explanation
 from segkit.explain.page.page import write_page
 from segkit.explain.verdicts.evidence import CaseEvidence
 from segkit.explain.verdicts.rule import GateVerdict

@@ -13,7 +13,8 @@ import yaml
 from segkit.config.attention import AdditiveGridGateConfig
 from segkit.errors import VolumeError
 from segkit.explain.explain_files import explain_files
-from segkit.explain.explain_scan import Explanation, explain_volume
+from segkit.explain.explain_scan import explain_volume
+from segkit.explain.explanation import Explanation
 from segkit.explain.heads.study import ScoredVolume, case_dice, head_importance
 from segkit.explain.measures.measure_maps import FOREGROUND
 from segkit.explain.verdicts.identity import judge_attention

@@ -211,7 +211,7 @@ def test_the_card_has_each_class_with_its_interval(run: Path, tmp_path: Path) ->
     assert "| one | Dice | 0.700 | 0.500 to 0.900 | 3 |" in card
     assert "| two | Dice | 0.300 | 0.200 to 0.400 | 2 |" in card
     assert "| mean over classes | Dice | 0.500 |" in card
-    assert "20 cases trained the model; 3 others were held out" in card
+    assert "The model was trained on 20 cases; 3 others were held out" in card
     assert "| steps | 1,000 |" in card and "| weights of the network | 12,345 |" in card
     assert "| attention | skip: additive_grid |" in card
     assert "| optimiser | adamw, schedule one_cycle |" in card
@@ -234,8 +234,8 @@ def test_the_card_has_the_authors_statements_and_lists_the_missing_ones(
     push_model(run, tmp_path / "silent")
     card = (tmp_path / "silent" / "README.md").read_text()
     assert "Without a licence, nobody but the author" in card
-    assert "no medical device" in card and "does not say so" in card
-    assert "Where the training data come from: the author has not stated it." in card
+    assert "not a medical device" in card and "gives no warning" in card
+    assert "Source of the training data: the author has not stated it." in card
     _, header, _ = card.split("---\n", 2)
     assert "license" not in yaml.safe_load(header)
     words = {
@@ -295,7 +295,7 @@ def test_the_folds_of_a_cross_validation_are_pushed_together(tmp_path: Path) -> 
     assert "fold_1/model/weights.safetensors" in pushed.files
     assert len(model_folders(tmp_path / "brains")) == 2
     card = (tmp_path / "brains" / "README.md").read_text()
-    assert "2 models, whose answers are averaged" in card and "3 cases in 2 folds" in card
+    assert "2 models, whose predictions are averaged" in card and "3 cases in 2 folds" in card
     assert "Note: before post-processing." in card and "| seed | 7 |" in card
     alone = push_model(tmp_path / "cv" / "fold_1", tmp_path / "alone")
     assert "weights.safetensors" in alone.files

@@ -15,7 +15,8 @@ from segkit.config.labels import Labelling
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference.dicom_seg import PRIVATE, private_code, write_dicom_segmentation
-from segkit.io.dicom import Series, choose_series, read_series
+from segkit.io.dicom import read_series
+from segkit.io.dicom_listing import Series, choose_series
 from segkit.io.volume import Volume
 from tests.dicom import Change, write_series
 from tests.helpers import affine_of

@@ -12,8 +12,9 @@ from numpy.testing import assert_array_equal
 
 from segkit.geometry.grid import Grid
 from segkit.inference.made_by import made_by, models_and_settings
-from segkit.inference.predict_files import predict_files, sidecar_of
+from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor
+from segkit.inference.result_files import sidecar_of
 from segkit.io.inputs import Input, find_inputs, read_input
 from segkit.io.pictures import label_colour
 from segkit.io.volume import Volume, read_volume, write_volume

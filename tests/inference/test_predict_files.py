@@ -24,9 +24,11 @@ from segkit.config.network import NetworkConfig
 from segkit.errors import ConfigError, SegkitError, Stopped, VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference import predict_files as prediction
+from segkit.inference import write_results
 from segkit.inference.model_walk import ModelWalk
-from segkit.inference.predict_files import Outcome, output_path, predict_files, sidecar_of
+from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor
+from segkit.inference.result_files import Outcome, output_path, sidecar_of
 from segkit.io.inputs import Input, find_inputs, parse_shard, read_input
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.build import build_network
@@ -369,7 +371,7 @@ def test_a_picture_that_fails_costs_no_labels_and_is_made_next_time(
         raise OSError(28, "No space left on device", "a_preview.png")
 
     with monkeypatch.context() as broken:
-        broken.setattr(prediction, "write_montage", full)
+        broken.setattr(write_results, "write_montage", full)
         (outcome,) = predict_files(predictor, inputs, out=out, preview=True, statistics=True)
     assert outcome.error is not None
     assert "a_preview.png: no space left on device" in outcome.error
@@ -495,7 +497,7 @@ def test_outcomes_keep_the_order_of_inputs_and_a_failure_stops_no_other(
 ) -> None:
     folder = scans_in(tmp_path / "in")
     (folder / "b.nii.gz").write_bytes(b"no volume")
-    write = prediction.write_volume
+    write = write_results.write_volume
 
     def failing(path: Path, volume: Volume) -> None:
         if path.name == "d.nii.gz":
@@ -503,7 +505,7 @@ def test_outcomes_keep_the_order_of_inputs_and_a_failure_stops_no_other(
         time.sleep(0.05 if path.name == "a.nii.gz" else 0)
         write(path, volume)
 
-    monkeypatch.setattr(prediction, "write_volume", failing)
+    monkeypatch.setattr(write_results, "write_volume", failing)
     outcomes = list(
         predict_files(predictor_of(None), find_inputs([folder], 1), out=tmp_path / "out")
     )
@@ -524,9 +526,9 @@ def test_a_bug_while_reading_or_writing_keeps_its_traceback(
     def broken(*_: object) -> Volume:
         raise ZeroDivisionError("ours")
 
-    for name in ("read_input", "write_volume"):
+    for module, name in ((prediction, "read_input"), (write_results, "write_volume")):
         with monkeypatch.context() as patched:
-            patched.setattr(prediction, name, broken)
+            patched.setattr(module, name, broken)
             with pytest.raises(ZeroDivisionError, match="ours"):
                 list(predict_files(predictor_of(None), inputs, out=tmp_path / "out"))
 
@@ -539,7 +541,7 @@ def test_the_next_is_read_and_the_last_written_while_one_is_segmented(
     threads: set[str] = set()
     alive: list[weakref.ref[Volume]] = []
     most = 0
-    read, write = prediction.read_input, prediction.write_volume
+    read, write = prediction.read_input, write_results.write_volume
     third_read = threading.Event()
 
     def reading(source: Input) -> Volume:
@@ -562,7 +564,7 @@ def test_the_next_is_read_and_the_last_written_while_one_is_segmented(
         threads.add(threading.current_thread().name)
 
     monkeypatch.setattr(prediction, "read_input", reading)
-    monkeypatch.setattr(prediction, "write_volume", writing)
+    monkeypatch.setattr(write_results, "write_volume", writing)
     outcomes = list(predict_files(predictor_of(None), inputs, out=tmp_path / "out"))
     assert all(outcome.written for outcome in outcomes)
     assert events.index("read b") < events.index("write a")

@@ -13,7 +13,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.config.data import ZScoreConfig
 from segkit.config.dataset_files import LabelCodeConfig
 from segkit.config.model import ModelDescription
@@ -22,9 +22,11 @@ from segkit.data.dataset import read_dataset
 from segkit.errors import SegkitError, VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference import predict_files as prediction
-from segkit.inference.predict_files import output_path, predict_files
+from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor
-from segkit.io.dicom import choose_series, list_series, read_series
+from segkit.inference.result_files import output_path
+from segkit.io.dicom import read_series
+from segkit.io.dicom_listing import choose_series, list_series
 from segkit.io.inputs import Input, find_inputs, read_input
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.build import build_network

@@ -20,20 +20,20 @@ from nibabel.nifti2 import Nifti2Image
 from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
 
-from segkit.checking import describe_volume
+from segkit.checking.describe_volume import describe_volume
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.io import voxel_bytes
 from segkit.io.volume import (
     BYTES_OF_LABEL,
-    WRITTEN_SUFFIXES,
     Volume,
     read_grid,
     read_labels,
     read_volume,
-    whole_numbers,
     write_volume,
 )
+from segkit.io.volume_names import WRITTEN_SUFFIXES
+from segkit.io.whole_numbers import whole_numbers
 from segkit.system.memory import in_words
 from tests.helpers import affine_of
 

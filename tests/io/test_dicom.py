@@ -16,7 +16,8 @@ from pydicom.uid import BasicTextSRStorage, generate_uid
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.io import voxel_bytes
-from segkit.io.dicom import choose_series, holds_series, list_series, read_series
+from segkit.io.dicom import read_series
+from segkit.io.dicom_listing import choose_series, holds_series, list_series
 from segkit.io.volume import Volume
 from tests.dicom import Change, decimal, write_series
 from tests.helpers import affine_of

@@ -9,7 +9,7 @@ from pydicom import Dataset
 
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
-from segkit.io.dicom import list_series
+from segkit.io.dicom_listing import list_series
 from segkit.io.inputs import find_inputs
 from segkit.io.volume import read_grid, read_volume
 from tests.dicom import write_enhanced, write_series

@@ -14,8 +14,8 @@ from segkit.config.labels import Labelling
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference.dicom_seg import write_dicom_segmentation
-from segkit.io.dicom import choose_series
 from segkit.io.dicom_labels import read_structure_file
+from segkit.io.dicom_listing import choose_series
 from segkit.io.picture_rules import PictureRules
 from segkit.io.structure_rules import StructureRules
 from segkit.io.volume import Volume, read_grid, read_label_values, read_volume

@@ -19,7 +19,8 @@ from benchmarks.faults.fuzz import (
 )
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
-from segkit.io.volume import NOT_PICTURES, Volume, read_volume, write_volume
+from segkit.io.volume import Volume, read_volume, write_volume
+from segkit.io.volume_names import NOT_PICTURES
 
 
 def assert_only_accepted_or_refused(counts: dict[str, int], count: int) -> None:

@@ -19,15 +19,13 @@ from segkit.io.bitmap import exif_of
 from segkit.io.picture_rules import PictureFacts, PictureRules, length_mm
 from segkit.io.volume import (
     Volume,
-    check_writable,
-    numbers_suffix,
     read_grid,
     read_labels,
     read_num_channels,
     read_volume,
-    result_suffix,
     write_volume,
 )
+from segkit.io.volume_names import check_writable, numbers_suffix, result_suffix
 
 RED, GREEN, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 0)
 MICROSCOPIC = PictureRules(pixel_mm=(0.0005, 0.00025))

@@ -126,7 +126,9 @@ def montage(path: Path, panel: pictures.Panel, code: str = "RAS") -> ndarray:
     Without its titles: only the pixels below the plane's name.
     """
     grid = Grid((8, 8, 8), affine_of(code, spacing=(1, 1, 1), rotation=(0, 0, 0)))
-    write_montage(path, np.zeros((8, 8, 8)), grid, [("", None, "labels"), panel], label_names={})
+    write_montage(
+        str(path), np.zeros((8, 8, 8)), grid, [("", None, "labels"), panel], label_names={}
+    )
     picture = np.asarray(Image.open(path).convert("RGB"))
     left = GAP + PANEL + 3 * GAP
     tops = [CAPTION + (PANEL + GAP) * row for row in range(3)]

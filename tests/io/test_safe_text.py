@@ -31,7 +31,8 @@ from segkit.io.volume import Volume, write_volume
 from segkit.model import build
 from segkit.model.build import build_network, weight_shapes
 from segkit.model.folder import load_model, save_model
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
+from segkit.training.resume import resume
 from segkit.training.run_folder import LAST
 from tests.model.test_folder import small_model
 from tests.networks import FAMILIES, PATCH, settings

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from segkit.errors import VolumeError
-from segkit.io.dicom import Series, Slice
+from segkit.io.dicom_headers import Slice
+from segkit.io.dicom_listing import Series
 from segkit.io.series_rules import SeriesRule, parse_series
 
 ONE = Slice(Path("a"), (2, 2, 1), 1, 0, (), (), (), 1.0)

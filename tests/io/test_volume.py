@@ -17,16 +17,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
-from segkit.io.volume import (
-    WRITTEN_SUFFIXES,
-    Volume,
-    read_grid,
-    read_labels,
-    read_volume,
-    stem_of,
-    suffix_of,
-    write_volume,
-)
+from segkit.io.volume import Volume, read_grid, read_labels, read_volume, write_volume
+from segkit.io.volume_names import WRITTEN_SUFFIXES, stem_of, suffix_of
 from tests.helpers import ORIENTATIONS, affine_of, affines
 
 KINDS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "float32", "float64")

@@ -13,17 +13,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
-from segkit.inference.predict_files import output_path
+from segkit.inference.result_files import output_path
 from segkit.io.inputs import find_inputs
-from segkit.io.volume import (
-    Volume,
-    check_writable,
-    files_of,
-    read_grid,
-    read_volume,
-    result_suffix,
-    write_volume,
-)
+from segkit.io.volume import Volume, files_of, read_grid, read_volume, write_volume
+from segkit.io.volume_names import check_writable, result_suffix
 from tests.helpers import affine_of
 
 # 2 x 3 x 4 voxels, the first axis fastest, so that voxel (x, y, z) holds x + 2 y + 6 z.

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from segkit.config.load import load_config
@@ -19,8 +17,9 @@ from segkit.errors import DatasetError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.nn.network import SegmentationNetwork
-from segkit.planning import make_plan as planning
-from segkit.planning.make_plan import Planned, Preset, plan_dataset, schedule_within
+from segkit.planning import planned_seconds, planning_task
+from segkit.planning.make_plan import Planned, plan_dataset
+from segkit.planning.planning_task import Preset
 from segkit.training.fit import train
 from tests.small import magnified, small_dataset
 
@@ -76,8 +75,8 @@ def test_twice_the_time_gives_more_steps_or_a_larger_network(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Between them, 1200 steps of this dataset's network at width 8 fit, and not at width 32.
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e9)
-    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e9)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
 
     def planned(minutes: float) -> Config:
         return plan_dataset(dataset, cache=tmp_path / "cache", device="cpu", minutes=minutes).config
@@ -157,9 +156,9 @@ def test_a_plan_for_a_gpu_elsewhere_follows_its_memory_and_the_minutes(
 def test_two_stages_share_the_minutes(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 2e9)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 2e9)
     # Scoring takes the same time on every machine, however busy it is.
-    monkeypatch.setattr(planning, "seconds_of_window", lambda *_: 0.01)
+    monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.01)
     entered = []
 
     def half_a_second(
@@ -169,7 +168,7 @@ def test_two_stages_share_the_minutes(
         entered.append(image.shape[1])
         return 0.5
 
-    monkeypatch.setattr(planning, "step_seconds", half_a_second)
+    monkeypatch.setattr(planned_seconds, "step_seconds", half_a_second)
     planned = plan_dataset(
         large, cache=tmp_path / "cache", device="cpu", minutes=10.0, gigabytes=0.05
     )
@@ -193,9 +192,9 @@ def test_volumes_are_planned_in_slices_if_time_leaves_a_small_patch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: speed)
-    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
-    monkeypatch.setattr(planning, "seconds_of_window", lambda *_: 0.01)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: speed)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.01)
     planned = plan_dataset(
         large, cache=tmp_path / "cache", device="cpu", minutes=4.0, spatial_dims=asked
     )
@@ -207,8 +206,8 @@ def test_volumes_are_planned_in_slices_if_time_leaves_a_small_patch(
 
 
 def test_slices_are_planned_as_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e9)
-    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e9)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
     folder = sliced(small_dataset(tmp_path / "slices", num_cases=5))
     planned = plan_dataset(folder, cache=tmp_path / "c", device="cpu")
     assert planned.config.network.spatial_dims == 2 and planned.config.data.slices == "coronal"
@@ -274,9 +273,9 @@ def planned_in(folder: Path, minutes: float, cache: Path) -> Planned:
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which a step takes half a second and a window a hundredth."""
-    monkeypatch.setattr(planning, "multiply_adds_per_second", lambda *_: 1e10)
-    monkeypatch.setattr(planning, "step_seconds", lambda *_, **__: 0.5)
-    monkeypatch.setattr(planning, "seconds_of_window", lambda *_: 0.01)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e10)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.01)
 
 
 @pytest.mark.parametrize("minutes", [0.1, 1.0, 5.0, 60.0, 1000.0])
@@ -287,43 +286,3 @@ def test_a_plan_says_one_number_of_steps(
     told = re.findall(r"([\d,]+) steps", " ".join(planned.text.replace("#", " ").split()))
     assert {int(number.replace(",", "")) for number in told} == {planned.config.train.steps}
     assert planned.config.train.minutes == minutes
-
-
-@given(st.floats(0.5, 600.0), st.floats(1e-3, 60.0), st.floats(0.0, 100.0), st.integers(0, 300))
-@settings(max_examples=100)
-def test_validations_take_a_tenth_of_the_time_and_everything_fits(
-    minutes: float, per_step: float, per_case: float, held_out: int
-) -> None:
-    schedule = schedule_within(
-        minutes, seconds_per_step=per_step, seconds_per_case=per_case, held_out=held_out
-    )
-    count = schedule.steps // schedule.validate_every
-    cases = held_out if schedule.validation_cases is None else schedule.validation_cases
-    looking = min(count, 10) * cases * per_case
-    assert looking <= 6.001 * minutes
-    assert f"{schedule.steps:,} steps fit into the rest" in schedule.why_steps
-    if schedule.steps > 20:
-        assert schedule.steps * per_step + looking <= 60 * minutes * 1.15
-    assert 1 <= schedule.validate_every <= schedule.steps
-
-
-def test_steps_get_the_time_left_by_preparing_validating_and_scoring() -> None:
-    # 10 validations of 2 cases of 1 s, 2 s of scoring and 30 s of preparing leave 548 s.
-    schedule = schedule_within(10.0, seconds_per_step=0.5, seconds_per_case=1.0, held_out=2)
-    assert (schedule.steps, schedule.validation_cases) == (1096, None)
-    assert schedule.validate_every == 105
-    # 60 s hold three validations of 2 cases of 9 s, and scoring all 10 takes 90 s.
-    schedule = schedule_within(10.0, seconds_per_step=0.5, seconds_per_case=9.0, held_out=10)
-    assert (schedule.steps, schedule.validation_cases) == (852, 2)
-    told = "30 s are reserved for preparing, 54 s for 3 validations of 2 cases and 90 s for the fin"
-    assert told in schedule.why_steps
-    # 60 s hold one validation of a case of 59 s, and none of a case of 61 s; scoring takes 150 s.
-    schedule = schedule_within(10.0, seconds_per_step=0.5, seconds_per_case=59.0, held_out=10)
-    assert (schedule.steps, schedule.validation_cases) == (722, 1)
-    assert "59 s for 1 validation of 1 case and" in schedule.why_steps
-    schedule = schedule_within(10.0, seconds_per_step=0.5, seconds_per_case=61.0, held_out=10)
-    assert (schedule.steps, schedule.validation_cases) == (840, 0)
-    assert "There is no validation, as a single case takes 61 s" in schedule.why_steps
-    schedule = schedule_within(10.0, seconds_per_step=0.5, seconds_per_case=9.0, held_out=0)
-    assert (schedule.steps, schedule.validation_cases) == (1140, None)
-    assert "No case is held out, so there are no scores" in schedule.why_steps

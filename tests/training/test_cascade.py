@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.config.data import ZScoreConfig
 from segkit.config.load import load_config
 from segkit.config.model import ModelDescription
@@ -28,7 +28,8 @@ from segkit.model.folder import Model, load_model, newest_model, save_model
 from segkit.nn.unet import UNet
 from segkit.training.cascade import FirstModel, described, first_models, label_cases
 from segkit.training.final_scores import score
-from segkit.training.fit import Run, resume, train
+from segkit.training.fit import Run, train
+from segkit.training.resume import resume
 from segkit.training.two_stages import second_stage_config
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError

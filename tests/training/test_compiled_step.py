@@ -13,7 +13,8 @@ from segkit.config.load import load_config
 from segkit.model.folder import load_model
 from segkit.training import compiled_step
 from segkit.training.compiled_step import GAIN, MEASURED, WARM_UP, WORTH_IT, CompiledStep
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
+from segkit.training.resume import resume
 from tests.small import small_config, small_dataset
 from tests.training.test_module import batches, module_of, trainer_of
 

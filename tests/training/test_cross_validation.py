@@ -27,6 +27,7 @@ from segkit.training.cross_validation import (
     pool_folds,
     resume_folds,
 )
+from segkit.training.resume import resume
 from segkit.training.run_folder import lock_if_free
 from tests.small import small_config, small_dataset
 from tests.training.drawn_folds import fold_of
@@ -326,8 +327,8 @@ def test_a_fold_with_settings_of_its_own_is_told(
 ) -> None:
     folder = cross_validate(quick_config(data), [0], runs=tmp_path).folder
     assert "differ" not in caplog.text
-    training.resume(folder / "fold_0", overrides=["train.steps=3"])
-    assert "small: its summary.json was removed, because fold_0 goes on" in caplog.text
+    resume(folder / "fold_0", overrides=["train.steps=3"])
+    assert "small: its summary.json was removed, because fold_0 continues" in caplog.text
     assert not (folder / "summary.json").exists()
     pooled = resume_folds(folder).summary  # trains nothing
     own = read(folder / "fold_0" / "summary.json")
@@ -387,7 +388,7 @@ def test_an_invalid_setting_of_a_fold_leaves_no_folder(data: Path, tmp_path: Pat
 
 def test_a_cross_validation_cannot_be_resumed_as_a_run(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"small: expected a run with config\.yaml"):
-        training.resume(finished)
+        resume(finished)
     with pytest.raises(ConfigError, match=r"cross_validation\.json: cannot be read as JSON"):
         resume_folds(tmp_path)
 

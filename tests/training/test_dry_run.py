@@ -22,6 +22,7 @@ from segkit.training.split import split_of
 from tests.small import small_config, small_dataset
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+FAST = ("unet_3d", "attention_unet_2d")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,13 @@ def test_lines_say_numbers_and_units(told: DryRun) -> None:
     assert "not measured" in "\n".join(replace(gpu, peak=None).lines())
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem not in FAST))
+        for path in CONFIGS
+    ],
+)
 def test_every_config_has_a_dry_run(
     path: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.config.load import validated
 from segkit.config.training import Config
 from segkit.data.case_groups import grouping_advice, likely_grouping, strata_of

@@ -12,9 +12,10 @@ from segkit.config.load import validated
 from segkit.config.training import TrainConfig
 from segkit.errors import ConfigError
 from segkit.training.dry_run import dry_run
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
 from segkit.training.freezing import Freezing
 from segkit.training.parts import prepare
+from segkit.training.resume import resume
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError, weights
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.config.load import dump_yaml
 from segkit.data.dataset import read_dataset
 from segkit.errors import DatasetError, ModelError, TrainingError

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import segkit
-from segkit.checking import check
+from segkit.checking.check import check
 from segkit.config.training import Config
 from segkit.data.dataset import dataset_of
 from segkit.errors import ConfigError, DatasetError

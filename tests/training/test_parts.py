@@ -19,8 +19,9 @@ from segkit.errors import ConfigError, ModelError
 from segkit.io.safe_text import read_json_object
 from segkit.model.folder import load_model
 from segkit.nn.network import weights_of
-from segkit.training.fit import fit, resume, train
+from segkit.training.fit import fit, train
 from segkit.training.parts import Augmentation, TrainingParts, prepare
+from segkit.training.resume import resume
 from tests.small import small_config, small_dataset
 from tests.training.test_module import Rates
 from tests.training.test_resume import StopAfter, StoppedError

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from segkit.errors import ConfigError
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
+from segkit.training.resume import resume
 from segkit.training.run_folder import checkpoint_of
 from tests.small import small_config, small_dataset
 
@@ -56,7 +57,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-SLOW = ("muon, cosine",)
+SLOW = ("muon, cosine", "sgd", "averaging")
 
 
 @pytest.mark.parametrize(

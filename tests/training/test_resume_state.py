@@ -24,8 +24,9 @@ from segkit.errors import ConfigError, DatasetError
 from segkit.io.volume import read_volume, write_volume
 from segkit.training.changed_files import states_of, warn_of_changed_files
 from segkit.training.changed_settings import APPLIED, REFUSED, is_one_of
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
 from segkit.training.parts import prepare
+from segkit.training.resume import resume
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
 
@@ -149,7 +150,9 @@ def test_files_are_compared_by_name_size_and_time_wherever_the_dataset_lies(
 def test_without_the_cases_that_were_held_out_a_run_does_not_go_on(tmp_path: Path) -> None:
     run = stopped(tmp_path)
     without(split_in(run)["held_out"][0], tmp_path / "data")
-    with pytest.raises(DatasetError, match=r"contains none of the 1 held-out case of .*small"):
+    with pytest.raises(
+        DatasetError, match=r"expected the held-out cases of .*small \(case_\d\), found none"
+    ):
         resume(run)
     assert not (run / "summary.json").exists()
 
@@ -448,7 +451,9 @@ def test_16_mixed_without_a_gpu_is_refused_before_anything_starts(
         pytest.skip("this machine has a GPU")
     asked = {"precision": "16-mixed", "accelerator": accelerator}
     config = small_config(tmp_path / "none", trainer=asked)
-    with pytest.raises(ConfigError, match=r"16-mixed, which PyTorch trains in only on a GPU.*; ch"):
+    with pytest.raises(
+        ConfigError, match=r"16-mixed, with which PyTorch trains only on a GPU.*; ch"
+    ):
         train(config, runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
@@ -460,6 +465,6 @@ def test_a_run_that_continues_in_16_mixed_on_a_cpu_is_refused_and_stays(
         pytest.skip("this machine has a GPU")
     run = Path(shutil.copytree(kept, tmp_path / "small"))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match="16-mixed, which PyTorch trains in only on a GPU"):
+    with pytest.raises(ConfigError, match="16-mixed, with which PyTorch trains only on a GPU"):
         resume(run, overrides=["trainer.precision=16-mixed"])
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

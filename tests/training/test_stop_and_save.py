@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from segkit.errors import ConfigError, Stopped
 from segkit.training.cross_validation import cross_validate
 from segkit.training.cross_validation import resume_folds as resume_folds
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
+from segkit.training.resume import resume
 from segkit.training.run_folder import locked_folder
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import VARIANTS, rows, weights
@@ -77,6 +78,7 @@ def test_a_training_that_was_stopped_and_resumed_ends_like_one_that_was_not(
         assert rows(folder) == rows(whole.folder), (step, look)
 
 
+@pytest.mark.slow
 def test_a_training_can_be_stopped_repeatedly_by_either_signal(tmp_path: Path) -> None:
     config = small_config(
         small_dataset(tmp_path / "data"),

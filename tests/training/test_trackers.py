@@ -17,7 +17,8 @@ from lightning.pytorch.loggers import Logger
 from segkit.config.load import changed
 from segkit.errors import ConfigError
 from segkit.training import trackers
-from segkit.training.fit import resume, train
+from segkit.training.fit import train
+from segkit.training.resume import resume
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
 

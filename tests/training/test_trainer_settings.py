@@ -19,8 +19,9 @@ from segkit.config.load import validated
 from segkit.config.training import Config, TrainerConfig
 from segkit.errors import ConfigError, Stopped, TrainingError
 from segkit.training.dry_run import dry_run
-from segkit.training.fit import fit, resume, train
+from segkit.training.fit import fit, train
 from segkit.training.parts import prepare
+from segkit.training.resume import resume
 from tests.documents import ROOT
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError, weights
@@ -181,6 +182,7 @@ def scattered(levels: Any, label: Tensor) -> Tensor:
     return loss
 
 
+@pytest.mark.slow
 def test_an_operation_without_a_deterministic_form_is_told_in_a_sentence(
     data: Path, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def test_stopped_in_its_first_stage_the_second_follows(
         two_stages.resume_two_stages(tmp_path / "small_low")
 
 
+@pytest.mark.slow
 def test_stopped_in_its_second_stage_either_run_goes_on_with_it(
     dataset: Path, whole: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -79,6 +80,7 @@ def test_between_the_stages_the_second_is_begun(dataset: Path, tmp_path: Path) -
     assert two_stages.resume_two_stages(tmp_path / "small_low").folder == tmp_path / "small"
 
 
+@pytest.mark.slow
 def test_a_run_of_one_stage_resumes_as_before(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         training.train(small_config(dataset), runs=tmp_path, callbacks=[Ask(1)])

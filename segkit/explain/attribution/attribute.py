@@ -63,17 +63,17 @@ class AttributionSettings:
     after a Gaussian of an eighth of a window, or a number. If None, 'blurred' for integrated
     gradients and 'mean' for the others."""
     steps: int = 16
-    """Points of the integral of integrated gradients."""
+    """Number of points at which integrated gradients sums the gradient."""
     draws: int = 16
-    """Noisy copies for SmoothGrad."""
+    """Number of noisy copies for SmoothGrad."""
     noise: float = 0.15
     """Standard deviation of SmoothGrad's noise, as a share of each channel's range."""
     cell_mm: float | None = None
     """Edge of the boxes of occlusion and KernelSHAP in mm. If None, a quarter of a window for
     occlusion and half a window for KernelSHAP."""
     samples: int | None = None
-    """Coalitions of KernelSHAP for each window, or for all together if probabilities are summed. If
-    None, twice the number of boxes, and 64 more."""
+    """Number of coalitions of KernelSHAP for each window, or for all windows together if
+    probabilities are summed; at least twice the number of boxes. If None, 64 more than that."""
     seed: int = 0
     """Seed of noise and coalitions."""
 
@@ -181,8 +181,8 @@ def attribute(
     """How much each part of a scan contributes to the segmentation of a structure.
 
     The number that is explained is the logit (or the probability) of the structure, summed over a
-    region, by default the predicted structure. docs/attributions.md explains the methods, and what
-    each does not say. Only the first model of an ensemble is used, without mirror images.
+    region, by default the predicted structure. docs/attributions.md explains the methods and their
+    limits. Only the first model of an ensemble is used, without mirror images.
 
     Args:
         predictor: runs the model.
@@ -190,8 +190,8 @@ def attribute(
         method: 'integrated_gradients', 'smoothgrad', 'occlusion' or 'kernel_shap'.
         structure: a structure of the model, or several. If None, all that have a voxel in their
             region. Several cost little more than one.
-        region: labels on the scan's grid, such as a reference. The region of a structure is where
-            they have it. If None, the predicted labels.
+        region: labels on the scan's grid, such as a reference. The region of a structure is all
+            voxels with its label. If None, the predicted labels.
         output: the class or region whose output is summed, also 'background'. If None, the
             structure's own.
         supervoxels: the parts for occlusion and KernelSHAP: a number from 1 for each voxel of the
@@ -205,8 +205,8 @@ def attribute(
 
     Raises:
         ModelError: a structure, an output or the method is unknown, or a setting is out of range.
-        VolumeError: the region of a given structure is empty, the labels lie on another grid, or
-            the volume does not fit the model.
+        VolumeError: the region of a given structure is empty, the labels or the supervoxels lie on
+            another grid, there is no supervoxel, or the volume does not fit the model.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -335,6 +335,7 @@ def _target(
     output: str | None,
     quantity: Quantity,
 ) -> SummedOutput:
+    """The sums that are explained. The arguments are those of `attribute`."""
     member = predictor.members[0]
     labelling = member.model.description.labelling
     for name, known in [
@@ -368,6 +369,7 @@ def _parts(
     supervoxels: Volume | None,
     cell_mm: float | None,
 ) -> Supervoxels:
+    """The parts that are replaced: the given supervoxels, or boxes. Raises VolumeError."""
     if supervoxels is not None:
         given = supervoxels.onto(volume.grid, what="supervoxels", whose="the scan").data
         turned = prepared.orientation.turn(given)[prepared.box]
@@ -401,6 +403,7 @@ def _of_parts(
     settings: AttributionSettings,
     track: Track,
 ) -> Float[ndarray, "structure part"]:
+    """The attribution of each part to each structure, by occlusion or KernelSHAP."""
     if method == "occlusion":
         return occlusion(target, image, baseline, parts, track=track)
     samples, seed = settings.samples, settings.seed

@@ -1,6 +1,6 @@
 """Deletion and randomisation of attributions, as for gates.
 
-deletion        the image is replaced by its mean, first where the attribution is high; the
+deletion        the image is replaced by its mean, voxels of high attribution first; the
                 agreement with the first prediction should fall sooner than in a random order
 randomisation   the attribution of the same network with random weights should differ
 """
@@ -81,7 +81,7 @@ def examine_attributions(
         volume: the scan.
         labels: the labels that are the regions of the attributions.
         found: the attributions, by key.
-        seed: of random orders and weights.
+        seed: seed of random orders and weights.
         track: reports the progress.
 
     Returns:
@@ -101,6 +101,7 @@ def _deletion(
     seed: int,
     track: Track,
 ) -> dict[str, dict[str, DeletionCurve]]:
+    """Deletion curves of each attribution, by its key and by order."""
     member = predictor.members[0]
     volume = predictor.with_numbers(volume)
     prepared = predictor.prepare(volume)
@@ -147,6 +148,7 @@ def _randomisation(
     seed: int,
     track: Track,
 ) -> dict[str, list[float]]:
+    """Absolute rank correlations of attributions with those of networks with random weights."""
     model = predictor.members[0].model
     similar: dict[str, list[float]] = {key: [] for key in found}
     methods = {one.method: one.settings for one in found.values()}

@@ -61,7 +61,7 @@ def smoothgrad(
         image: the image as the network receives it.
         spread: the standard deviation of the noise in each channel.
         draws: number of noisy copies.
-        seed: of the noise.
+        seed: seed of the noise.
         track: reports the progress.
     """
 

@@ -1,4 +1,4 @@
-"""Does an attribution depend on the output that it explains, and on what the network has learnt?"""
+"""Does an attribution depend on the output that it explains, and on the learnt weights?"""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -39,11 +39,11 @@ def random_logit(
     explains the image, not the output.
 
     Args:
-        explain: the attribution of an output, over the same region: for a liver, a function that
-            calls `attribute` with `structure="liver"` and this `output`.
-        output: the output.
+        explain: a function from the name of an output to its attribution, always over the same
+            region. For a liver it calls `attribute` with `structure="liver"` and this `output`.
+        output: the name of the output.
         others: the outputs from which another one is drawn.
-        seed: of the draw.
+        seed: seed of the draw.
         similarity: compares two attributions.
 
     Returns:
@@ -76,18 +76,18 @@ def smooth_mprt(
 ) -> dict[str, float]:
     """The similarity of the attribution to that of a network with more and more random layers.
 
-    Hedström et al. (2023, arXiv:2401.06465): the cascade of Adebayo et al. (2018,
-    arXiv:1810.03292), which begins at the output, with attributions that are means over noisy
-    copies of the image, so that noise of gradients does not pass for sensitivity. An attribution
+    Hedström et al. (2023, arXiv:2401.06465). Layers are randomised as in the cascade of Adebayo et
+    al. (2018, arXiv:1810.03292), which begins at the output. Attributions are means over noisy
+    copies of the image, so that noise of gradients is not mistaken for sensitivity. An attribution
     that stays similar does not depend on the learnt weights.
 
     Args:
         network: the network; a copy is changed.
-        explain: the attribution of an image by a network.
+        explain: a function from a network and an image to the attribution.
         image: the image.
         draws: number of copies; the last one has no noise.
         noise: standard deviation of the noise, as a share of the image's range.
-        seed: of noise and weights.
+        seed: seed of noise and weights.
         similarity: compares two attributions.
 
     Returns:
@@ -128,7 +128,7 @@ def randomised(network: AnyModule, *, seed: int = 0) -> Iterator[tuple[str, AnyM
 
     Args:
         network: the network.
-        seed: of the weights.
+        seed: seed of the weights.
 
     Yields:
         The name of the layer, and the copy, which the next step changes.

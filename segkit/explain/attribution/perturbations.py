@@ -85,7 +85,7 @@ def kernel_shap(
         parts: the parts.
         samples: the largest number of coalitions in a game, raised to twice the number of its parts
             if it is lower; if None, twice the number of parts and `MORE_COALITIONS`.
-        seed: of the coalitions that are sampled.
+        seed: seed of the coalitions that are sampled.
         track: reports the progress.
     """
     held = target.hold(image)
@@ -144,7 +144,18 @@ def _exchanged(
     players: list[Integer[ndarray, " players"]],
     removed: Integer[ndarray, " removed"],
 ) -> Float[ndarray, " structures"]:
-    """The sums of an image without some parts. Windows with all or with none are known."""
+    """The sums of an image without some parts. Windows with all or with none are known.
+
+    Args:
+        target: the sums.
+        held: the parts of all windows of the image.
+        gone: the parts of all windows of the replacement.
+        parts: the partition of the image.
+        image: the image as the network receives it.
+        replacement: the image from which replaced parts come.
+        players: the parts in each window.
+        removed: the parts that are replaced.
+    """
     changed: dict[int, Tensor] = {}
     numbers = []
     for number, inside in enumerate(players):

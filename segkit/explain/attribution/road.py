@@ -40,7 +40,7 @@ def impute(
         image: the image.
         deleted: the voxels to replace.
         noise: standard deviation of the noise that is added to them.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         A new image, of the same data type.
@@ -100,25 +100,27 @@ def road(
     noise: float = 0.01,
     seed: int = 0,
 ) -> Mapping[float, float]:
-    """The score of an image, while its voxels are imputed, those of the highest attribution first.
+    """The score of an image after more and more voxels are imputed, the highest attribution first.
 
-    The earlier the score falls, the better the attribution finds the voxels that it depends on.
-    Compare the curve only with curves of other orders, such as a random one.
+    Rong et al. (2022, arXiv:2202.00449). The earlier the score falls, the better the attribution
+    finds the voxels on which the score depends. Compare the curve only with curves of other
+    orders, such as a random one.
 
     Args:
-        image: the image.
-        attribution: a value for each voxel. Voxels of NaN are never deleted; equal values are
-            deleted in random order.
+        image: the image, (channel, *space).
+        attribution: a value for each voxel, (*space). Voxels of NaN are never deleted; equal
+            values are deleted in random order.
         score: a function of an image, such as the soft Dice of its prediction.
         fractions: the shares of voxels to delete, each below 1.
-        noise: standard deviation of the noise in imputed voxels.
-        seed: of noise and of random order.
+        noise: standard deviation of the noise in imputed voxels, in the units of the image.
+        seed: seed of noise and of random order.
 
     Returns:
         The score for each share.
 
     Raises:
-        SegkitError: a share is not in [0, 1), or the attribution has another shape than the image.
+        SegkitError: a share is not in [0, 1) or leaves no voxel, or the attribution has another
+            shape than the image.
 
     Example:
         by_map = segkit.road(image, attribution, soft_dice)

@@ -26,18 +26,21 @@ def noisy_copies(
 
     Args:
         image: the image.
-        radius: the noise is between -radius and radius.
+        radius: the noise is between -radius and radius, in the units of the image.
         draws: number of copies.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Yields:
         The copies, of the image's data type.
 
     Raises:
-        SegkitError: the radius is negative.
+        SegkitError: the radius is negative. It is raised when the first copy is taken.
 
     Example:
-        copies = list(segkit.noisy_copies(scan.data, radius=0.02, draws=10))
+        >>> image = np.linspace(0.0, 1.0, 8)
+        >>> copies = list(segkit.noisy_copies(image, radius=0.02, draws=10))
+        >>> len(copies), bool(abs(copies[0] - image).max() <= 0.02)
+        (10, True)
     """
     if not radius >= 0:
         raise SegkitError(f"radius: expected 0 or more, found {radius}; raise it")
@@ -56,7 +59,7 @@ def max_sensitivity(
     the scale of the attribution.
 
     Args:
-        explain: the attribution of an image.
+        explain: a function from an image to its attribution.
         image: the image.
         copies: changed copies of it, such as `noisy_copies`.
 
@@ -79,7 +82,7 @@ def max_sensitivity(
 def relative_input_stability(
     explain: Explain, image: Float[ndarray, "*shape"], copies: Iterable[ndarray]
 ) -> float:
-    """The largest relative change of an attribution for the relative change of the image.
+    """The largest relative change of an attribution, divided by the relative change of the image.
 
     Agarwal et al. (2022, arXiv:2203.06877, Eq. 2): max |(A(x) - A(y)) / A(x)| / |(x - y) / x| over
     the copies y, with element-wise divisions and Euclidean norms. Values of 0 in a denominator are
@@ -87,7 +90,7 @@ def relative_input_stability(
     dominate it, so compare it only between attributions of one kind.
 
     Args:
-        explain: the attribution of an image.
+        explain: a function from an image to its attribution.
         image: the image.
         copies: changed copies of it, such as `noisy_copies`.
 
@@ -115,14 +118,14 @@ def relative_output_stability(
     image: Float[ndarray, "*shape"],
     copies: Iterable[ndarray],
 ) -> float:
-    """The largest relative change of an attribution for the change of the network's output.
+    """The largest relative change of an attribution, divided by the change of the output.
 
     Agarwal et al. (2022, arXiv:2203.06877, Eq. 5): max |(A(x) - A(y)) / A(x)| / |h(x) - h(y)|. An
     attribution may change if the output changes; it should not if the output stays.
 
     Args:
-        explain: the attribution of an image.
-        output: the network's output for an image, h.
+        explain: a function from an image to its attribution.
+        output: a function from an image to the network's output, h.
         image: the image.
         copies: changed copies of it, such as `noisy_copies`.
 

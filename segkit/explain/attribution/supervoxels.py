@@ -66,8 +66,15 @@ class Supervoxels:
         chosen: Integer[ndarray, " chosen"],
         box: tuple[slice, ...] = (),
     ) -> Float[Tensor, "channel box_x box_y box_z"]:
-        """A copy of the image, or of the voxels in a box, with the chosen parts replaced."""
-        table = torch.zeros(len(self) + 1, dtype=torch.bool)  # the last one is for -1
+        """A copy of the image, or of the voxels in a box, with the chosen parts replaced.
+
+        Args:
+            image: the image.
+            replacement: the image from which replaced voxels come.
+            chosen: numbers of the parts that are replaced.
+            box: the voxels to return; all if empty.
+        """
+        table = torch.zeros(len(self) + 1, dtype=torch.bool)  # the last entry is for voxels of -1
         table[torch.from_numpy(chosen.astype(np.int64))] = True
         place = (slice(None), *box)
         return torch.where(table[self.numbers[box].long()], replacement[place], image[place])
@@ -91,7 +98,7 @@ class Supervoxels:
         known = np.zeros(len(self) + 1, bool)
         known[self.numbers[computed].unique().numpy()] = True
         found: ndarray = np.where(known, np.append(values, np.nan), np.nan)
-        found[-1] = np.nan  # of -1
+        found[-1] = np.nan  # for voxels of -1
         if self.are_boxes:
             return found[:-1].reshape(self.grid.shape)
         return found[self.numbers.numpy()]

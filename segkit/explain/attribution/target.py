@@ -228,6 +228,11 @@ class SummedOutput:
         """The derivative of a structure's sum with respect to the logits of a window.
 
         For logits, it has a row only for the structure's output.
+
+        Args:
+            structure: index of the structure.
+            share: the part of the window in the blended outputs.
+            shares: the probabilities in the region, from `_shares`; None if logits are summed.
         """
         positions, output = share.positions.long(), self.outputs[structure]
         weights = share.weights * self.inside[structure, positions]
@@ -245,7 +250,13 @@ class SummedOutput:
     def _gradients(
         self, image: Tensor, numbers: Sequence[int], shares: Tensor | None
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """The structure, the window, and the gradient on the window's voxels, for some windows."""
+        """The structure, the window, and the gradient on the window's voxels, for some windows.
+
+        Args:
+            image: the image as the network receives it.
+            numbers: numbers of the windows.
+            shares: the probabilities in the region, from `_shares`; None if logits are summed.
+        """
         network = self.member.model.network
         device = next((each.device for each in network.parameters()), torch.device("cpu"))
         own = [self.windows[number] for number in numbers]

@@ -120,8 +120,13 @@ def boxes(
 ) -> Iterator[tuple[int, ...]]:
     """The sizes of the windows that a grid is cut into; those at its ends may be smaller.
 
-    Windows that are moved begin with what is left before the first, but not along an axis that one
-    window covers.
+    Shifted windows begin with a smaller one, which holds the cells before the first whole window.
+    An axis that one window covers is not shifted.
+
+    Args:
+        cells: size of the grid.
+        window: size of the windows.
+        shift: cells by which the windows are shifted along each axis.
     """
     sizes = []
     for size, width, step in zip(cells, window, shift or [0] * len(window), strict=True):

@@ -66,8 +66,10 @@ def rise_p(changes: Sequence[float]) -> float:
     counted = np.asarray([change for change in changes if change != 0], float)
     if not counted.size:
         return 1.0
-    _, places, counts = np.unique(np.abs(counted), return_inverse=True, return_counts=True)
-    doubled = (2 * counts.cumsum() - counts + 1)[places]  # twice the rank; ties share theirs
+    sizes = np.abs(counted)
+    ordered = np.sort(sizes)
+    # Twice the mid-rank of each value.
+    doubled = ordered.searchsorted(sizes) + ordered.searchsorted(sizes, "right") + 1
     above = int(doubled[counted > 0].sum())
     if len(counted) > MOST_EXACT:
         mean, deviation = doubled.sum() / 2, np.sqrt((doubled.astype(float) ** 2).sum()) / 2
@@ -89,7 +91,7 @@ def _tail(doubled: tuple[int, ...]) -> Float[ndarray, " sums"]:
 def simes(p_values: Sequence[float]) -> float:
     """The p value of the hypothesis that all null hypotheses hold.
 
-    Simes (1986, doi:10.1093/biomet/73.3.751): the minimum of m p(k) / k, where p(k) is the k-th
+    Simes (1986, doi:10.1093/biomet/73.3.751): the minimum of m p(k) / k; p(k) is the k-th
     smallest of m p values. It is valid for positively dependent tests.
     """
     count = len(p_values)

@@ -56,8 +56,8 @@ def measure_rows(
 
     Args:
         case: name of the scan.
-        measures: of the scan's maps.
-        dice: of each structure with the reference.
+        measures: the measures of the scan's maps.
+        dice: the Dice of each structure with the reference.
     """
     columns = ["case", "map", "of", "structure", "dice"]
     for one in measures:
@@ -125,8 +125,8 @@ def measure_tables(
     """The tables of measures on a page.
 
     Args:
-        measures: of the scan's maps.
-        dice: of each structure with the reference.
+        measures: the measures of the scan's maps.
+        dice: the Dice of each structure with the reference.
         against: the labels that maps are compared with: 'reference' or 'prediction'.
         tolerance: the tolerance of pointing, such as "5 mm".
     """

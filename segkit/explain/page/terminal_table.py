@@ -29,8 +29,8 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     assert isinstance(scans, int)
     table = Table(
         title=f"Verdicts over {counted(scans, 'scan')}",
-        caption="Dice lost: if the map is replaced by its mean. More: gain of AUROC over the best "
-        "comparator. |ρ|: rank correlation with untrained networks.",
+        caption="Dice lost: fall if the map is replaced by its mean. More: gain of AUROC over the "
+        "best comparator. |ρ|: rank correlation with untrained networks.",
         box=SIMPLE_HEAD,
     )
     for column in ("map", "verdict", "structure"):

@@ -84,6 +84,11 @@ def operation_edit(info: MapInfo, operation: AblationKind, *, seed: int = 0) -> 
 
     Random orders are drawn from `seed`, a new one for each window. If several maps share a tap, as
     those of several gates do, their cells are permuted together.
+
+    Args:
+        info: the map, with the range of its values.
+        operation: 'mean', 'open', 'permuted' or 'inverted'.
+        seed: seed of the random orders.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -157,7 +162,7 @@ def ablate(
         case: name of the scan in the rows.
         keys: the maps; all gates and spatial maps if None.
         operations: the operations on each map.
-        seed: of the random orders.
+        seed: seed of the random orders.
         unlabelled: classes or regions that nobody labelled in the reference; they do not count.
         track: reports the progress.
 
@@ -199,7 +204,15 @@ def ablation_rows(
     before: Mapping[str, float],
     after: Mapping[str, float],
 ) -> list[Ablation]:
-    """A row for the mean over classes, and one for each class, from Dice before and after."""
+    """A row for the mean over classes, and one for each class, from Dice before and after.
+
+    Args:
+        case: name of the scan.
+        key: key of the map, or name of the block.
+        operation: the operation on it.
+        against: the labels that Dice compares with: 'reference' or 'prediction'.
+        before, after: Dice of each class without and with the operation.
+    """
     rows = []
     for label in (None, *before):
         old, new = (_of(scores, label) for scores in (before, after))

@@ -4,7 +4,8 @@
   and averaged over boxes;
 - the gradient magnitude of the intensity, unchanged and smoothed;
 - other fixed functions of the intensity (`OTHER`): its ranks, its deviation, its highest and lowest
-  value, the difference of two smoothings, and its distance from the structure's own median;
+  value, the difference of two smoothings, its distance from the structure's own median, its texture
+  in each direction, and its entropy;
 - the same gate of several untrained networks (`untrained`);
 - the mean map of other scans, cell by cell of the processed part of each scan (`mean_map`).
 
@@ -13,16 +14,18 @@ because inverting a map needs no training either.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy import ndarray
+from scipy import stats
 from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter, uniform_filter
+from scipy.special import xlogy
 
 from segkit.explain.measures.cells import Cells, gradient_length
-from segkit.explain.measures.ranks import Ranked
+from segkit.explain.measures.ranks import Ranked, without_rounding_noise
 from segkit.explain.measures.statistics import auroc
 from segkit.geometry.grid import Grid
 from segkit.geometry.resample import resample_known
@@ -38,19 +41,36 @@ OTHER_WIDTHS = (0.0, 0.5, 1.0, 2.0, 4.0)
 """Standard deviations, in cells, of the Gaussians after the functions of intensity in `OTHER`."""
 CONTRAST_WIDTHS = (0.0, 1.0, 2.0, 4.0, 8.0)
 """Standard deviations, in cells, of the Gaussians whose differences are comparators."""
-OTHER = ("rank", "deviation", "maximum", "minimum", "contrast", "closeness")
+TEXTURE_WIDTHS = (0.0, 1.0, 2.0, 4.0)
+"""Standard deviations, in cells, of the Gaussians after the textures of one direction."""
+OTHER = (
+    "rank",
+    "deviation",
+    "maximum",
+    "minimum",
+    "contrast",
+    "closeness",
+    "texture",
+    "entropy",
+)
 """How the names of further functions of the intensity begin. Each stands for a kind of map that
-needs no training: a monotone change of the intensity, a texture, a pooled maximum, a Laplacian, a
-band of intensities."""
+needs no training: a monotone change of the intensity, its local spread, a pooled maximum or
+minimum, a Laplacian, a band of intensities, a texture of one direction, a local histogram."""
 NUM_QUANTILES = 256
+ENTROPY_BINS = 8
+"""Bins of the histograms whose entropy is a comparator, with equally many voxels each."""
 DELETED_WIDTHS = (1.0, 4.0)
 """Standard deviations, in cells, of the smoothed intensities for deletion. They are few, because
 each needs several passes over the volume."""
 MOST_CELLS = 2**17
 """Largest number of cells inside, and outside, for an AUROC. If there are more, a random sample of
 this size is used."""
+RANKED_AT_ONCE = 2**20
+"""About so many cells of comparators are held in memory and ranked in one step."""
 BOX_CELLS = 32
 """Largest number of cells kept along each axis of a map, to compare it with other scans."""
+
+AXES = "xyz"
 
 CellValues3d = Float[ndarray, "x y z"]
 
@@ -77,8 +97,10 @@ class _Smooth:
 
 def image_comparators(
     pictures: Mapping[str, CellValues3d], cells: Cells, grid: Grid
-) -> dict[str, CellValues3d]:
-    """The comparators that come from the scan's intensity, on a map's cells, by name.
+) -> Iterator[tuple[str, CellValues3d]]:
+    """The comparators that come from the scan's intensity, on a map's cells, each with its name.
+
+    They are made one after the other, because all of them together may not fit into memory.
 
     Args:
         pictures: intensity and gradient on the voxels that the network processed, from
@@ -87,55 +109,78 @@ def image_comparators(
         grid: the map's grid.
     """
     smoothed = _Smooth(grid)
-    found: dict[str, CellValues3d] = {}
     for name, image in pictures.items():
         covered = cells.mean(image).astype(np.float64)
-        found[name] = covered
+        yield name, covered
         if not name.startswith("intensity"):
             continue
         for width in SMOOTHING_WIDTHS:
-            found[f"{name} smoothed over {width:g} cells"] = smoothed(covered, width)
+            yield name + _over(width), smoothed(covered, width)
         for count in BOX_WIDTHS:
             sizes = [min(count, size) for size in grid.shape]
-            found[f"{name} averaged over {count} cells"] = uniform_filter(covered, sizes)
+            yield f"{name} averaged over {count} cells", uniform_filter(covered, sizes)
         for width in EDGE_WIDTHS:
-            edges = gradient_length(smoothed(covered, width), grid.spacing)
-            found[f"{name.replace('intensity', 'gradient')} smoothed over {width:g} cells"] = edges
-        found |= _other_functions(name, image, covered, cells, smoothed)
-    return found
+            edges = gradient_length(smoothed(covered, width), grid.spacing, grid.directions)
+            yield name.replace("intensity", "gradient") + _over(width), edges
+        of = name.removeprefix("intensity")
+        yield from _other_functions(of, image, cells, smoothed)
+        yield from _textures(of, image, cells, smoothed)
+        for fine, coarse in itertools.combinations(CONTRAST_WIDTHS, 2):
+            difference = smoothed(covered, fine) - smoothed(covered, coarse)
+            yield f"contrast{of} of {fine:g} and {coarse:g} cells", difference
+
+
+def _over(width: float) -> str:
+    """The end of the name of a comparator that is smoothed over a number of cells."""
+    return f" smoothed over {width:g} cells" if width else ""
 
 
 def _other_functions(
-    name: str, image: CellValues3d, covered: CellValues3d, cells: Cells, smoothed: _Smooth
-) -> dict[str, CellValues3d]:
-    """Further functions of one channel's intensity, on a map's cells; see `OTHER`."""
+    of: str, image: CellValues3d, cells: Cells, smoothed: _Smooth
+) -> Iterator[tuple[str, CellValues3d]]:
+    """Ranks, extremes, deviation and entropy of one channel's intensity, on a map's cells.
+
+    Args:
+        of: the end of a name, which names the channel of a scan with several ones.
+        image: the intensity on the voxels that the network processed.
+        cells: the map's cells.
+        smoothed: smooths values on the map's grid.
+    """
     size = [min(3, count) for count in image.shape]
     centred = image - np.float32(image.mean())
     mean, square = (cells.mean(one).astype(np.float64) for one in (centred, centred**2))
+    ranked = _ranked(image)
+    bins = [cells.mean(one).astype(np.float64) for one in _binned(ranked)]
     functions = {
-        "rank": cells.mean(_ranked(image)),
-        "maximum": -cells.lowest(-image),
-        "minimum": cells.lowest(image),
-        "maximum over 3 voxels": cells.mean(maximum_filter(image, size)),
-        "minimum over 3 voxels": cells.mean(minimum_filter(image, size)),
-        "deviation over 3 voxels": cells.mean(_deviation(centred, size)),
+        f"rank{of}": cells.mean(ranked),
+        f"maximum{of}": -cells.lowest(-image),
+        f"minimum{of}": cells.lowest(image),
+        f"maximum{of} over 3 voxels": cells.mean(maximum_filter(image, size)),
+        f"minimum{of} over 3 voxels": cells.mean(minimum_filter(image, size)),
+        f"deviation{of} over 3 voxels": cells.mean(_deviation(centred, size)),
     }
-    found: dict[str, CellValues3d] = {}
-
-    def add(kind: str, values: CellValues3d, of: str) -> None:
-        kind, _, over = kind.partition(" ")
-        found[f"{name.replace('intensity', kind)}{' ' * bool(over)}{over}{of}"] = values
-
     for width in OTHER_WIDTHS:
-        of = f" smoothed over {width:g} cells" if width else ""
         variance = smoothed(square, width) - smoothed(mean, width) ** 2
-        add("deviation", np.sqrt(np.maximum(variance, 0)), of)
-        for kind, values in functions.items():
-            add(kind, smoothed(values.astype(np.float64), width), of)
-    for fine, coarse in itertools.combinations(CONTRAST_WIDTHS, 2):
-        difference = smoothed(covered, fine) - smoothed(covered, coarse)
-        add("contrast", difference, f" of {fine:g} and {coarse:g} cells")
-    return found
+        yield f"deviation{of}{_over(width)}", np.sqrt(np.maximum(variance, 0))
+        yield f"entropy{of}{_over(width)}", _entropy([smoothed(share, width) for share in bins])
+        for name, values in functions.items():
+            yield name + _over(width), smoothed(values.astype(np.float64), width)
+
+
+def _textures(
+    of: str, image: CellValues3d, cells: Cells, smoothed: _Smooth
+) -> Iterator[tuple[str, CellValues3d]]:
+    """The texture of one channel in each direction, and its share of all directions."""
+    textures = {
+        along: cells.mean(squares).astype(np.float64)
+        for along, squares in squared_differences(image).items()
+    }
+    for width in TEXTURE_WIDTHS:
+        local = {along: smoothed(values, width) for along, values in textures.items()}
+        total = np.maximum(sum(local.values()), np.finfo(np.float64).tiny)
+        for along, values in local.items():
+            yield f"texture{of} along {along}{_over(width)}", values
+            yield f"texture{of} along {along}, of all directions{_over(width)}", values / total
 
 
 def closeness_comparators(
@@ -166,8 +211,7 @@ def closeness_comparators(
         away = cells.mean(np.abs(image - median)).astype(np.float64)
         covered = cells.mean(image).astype(np.float64)
         for width in OTHER_WIDTHS:
-            of = f" smoothed over {width:g} cells" if width else ""
-            named = f"{name.replace('intensity', 'closeness')} to the median{of}"
+            named = f"{name.replace('intensity', 'closeness')} to the median{_over(width)}"
             found[named] = -smoothed(away, width)
             found[f"{named} before"] = -np.abs(smoothed(covered, width) - median)
     return found
@@ -178,6 +222,50 @@ def _deviation(image: Float[ndarray, "x y z"], size: Sequence[int]) -> Float[nda
     variance = uniform_filter(image**2, size) - uniform_filter(image, size) ** 2
     deviation: ndarray = np.sqrt(np.maximum(variance, 0))
     return deviation
+
+
+def squared_differences(image: Float[ndarray, "x y z"]) -> dict[str, Float[ndarray, "x y z"]]:
+    """For each direction, the mean squared difference between each voxel and its two neighbours.
+
+    It is a variogram at one voxel of distance (Matheron 1963, doi:10.2113/gsecongeo.58.8.1246). The
+    directions are the axes, named x, y and z, and the diagonals of two axes, such as "x and -y".
+    Axes with one voxel are left out.
+    """
+    axes = [axis for axis, size in enumerate(image.shape) if size > 1]
+    directions: dict[str, dict[int, int]] = {AXES[axis]: {axis: 1} for axis in axes}
+    for first, second in itertools.combinations(axes, 2):
+        directions[f"{AXES[first]} and {AXES[second]}"] = {first: 1, second: 1}
+        directions[f"{AXES[first]} and -{AXES[second]}"] = {first: 1, second: -1}
+    found = {}
+    for name, steps in directions.items():
+        ahead, behind = (
+            tuple(_shifted(side * steps.get(axis, 0)) for axis in range(image.ndim))
+            for side in (1, -1)
+        )
+        squares = (image[ahead] - image[behind]) ** 2
+        total, count = np.zeros_like(image), np.zeros_like(image)
+        for part in (ahead, behind):
+            total[part] += squares
+            count[part] += 1
+        found[name] = total / np.maximum(count, 1)
+    return found
+
+
+def _shifted(step: int) -> slice:
+    """The voxels of an axis that have a neighbour one step back (1) or one step ahead (-1)."""
+    return {1: slice(1, None), -1: slice(None, -1), 0: slice(None)}[step]
+
+
+def _binned(ranked: Float[ndarray, "x y z"]) -> list[Float[ndarray, "x y z"]]:
+    """For each bin of ranks, whether each voxel lies in it."""
+    bins = np.minimum((ranked * ENTROPY_BINS).astype(np.int64), ENTROPY_BINS - 1)
+    return [(bins == number).astype(np.float32) for number in range(ENTROPY_BINS)]
+
+
+def _entropy(shares: Sequence[CellValues3d]) -> CellValues3d:
+    """The entropy of the shares of bins in each cell."""
+    entropy: ndarray = -sum(xlogy(share, share) for share in np.maximum(shares, 0))
+    return entropy
 
 
 def _ranked(image: Float[ndarray, "x y z"]) -> Float[ndarray, "x y z"]:
@@ -192,7 +280,7 @@ def deleted_comparators(names: Sequence[str]) -> list[str]:
     """The image comparators that are also used for deletion.
 
     Args:
-        names: of all image comparators.
+        names: names of all image comparators.
     """
     smoothed = [f"smoothed over {width:g} cells" for width in DELETED_WIDTHS]
     return [
@@ -212,7 +300,7 @@ class Sides:
     Args:
         inside: the cells in the structure.
         counted: the cells that count.
-        seed: of the random sample, if a side has more than `MOST_CELLS` cells.
+        seed: seed of the random sample, if a side has more than `MOST_CELLS` cells.
     """
 
     def __init__(
@@ -238,6 +326,30 @@ class Sides:
             return float("nan")
         return auroc(Ranked.of(values.ravel()[self.cells].astype(np.float64)), self.labels)
 
+    def aurocs(self, maps: Mapping[str, CellValues3d]) -> dict[str, float]:
+        """The AUROC of each map, by name. All maps are ranked at once, which is faster."""
+        if not self.both or not maps:
+            return dict.fromkeys(maps, float("nan"))
+        values = [one.ravel()[self.cells].astype(np.float64) for one in maps.values()]
+        ranks = stats.rankdata([without_rounding_noise(row) for row in values], axis=1)
+        within, beyond = self.within.size, self.beyond.size
+        above = ranks[:, self.labels].sum(axis=1) - within * (within + 1) / 2
+        return dict(zip(maps, (above / (within * beyond)).tolist(), strict=True))
+
+
+def in_batches(
+    maps: Iterable[tuple[str, CellValues3d]],
+) -> Iterator[dict[str, CellValues3d]]:
+    """Maps with their names, in batches of about `RANKED_AT_ONCE` cells."""
+    batch: dict[str, CellValues3d] = {}
+    for name, values in maps:
+        batch[name] = values
+        if len(batch) * values.size >= RANKED_AT_ONCE:
+            yield batch
+            batch = {}
+    if batch:
+        yield batch
+
 
 def boxed(values: ndarray) -> ndarray:
     """An array on a map's grid, thinned to at most `BOX_CELLS` cells along each axis."""
@@ -256,7 +368,7 @@ def mean_map(others: Sequence[CellValues3d], shape: tuple[int, ...]) -> CellValu
 
     Args:
         others: maps from `boxed`.
-        shape: of the result.
+        shape: shape of the result.
     """
     total, count = np.zeros(shape), np.zeros(shape)
     for values in others:

@@ -1,4 +1,4 @@
-"""Deletion curves: does the segmentation depend on the image where a map is high?
+"""Deletion curves: does the segmentation depend on the parts of the image with high map values?
 
 Cells are ordered by a map. The image under the first cells is replaced, more of it in each step,
 and the prediction is compared with that of the whole image (Samek et al. 2017, arXiv:1509.06321;

@@ -14,6 +14,7 @@ channel of each gate and for each structure, it contains:
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -33,6 +34,7 @@ from segkit.explain.verdicts.comparators import (
     closeness_comparators,
     deleted_comparators,
     image_comparators,
+    in_batches,
     mean_map,
 )
 from segkit.explain.verdicts.deletion import (
@@ -134,7 +136,7 @@ def gather_evidence(
         labels: the labels that the predictor returned.
         case: name of the scan.
         earlier: evidence of other scans. Their mean map is a comparator for deletion.
-        seed: of the untrained networks and the random order of equal values.
+        seed: seed of the untrained networks and the random order of equal values.
         untrained: makes an untrained network from a seed. If None, networks are built from the
             model's description.
         unlabelled: classes or regions that nobody labelled in the reference. They have no drops and
@@ -191,7 +193,18 @@ def dice_drops(
     unlabelled: Collection[str] = (),
     track: Track = untracked,
 ) -> dict[GateChannel, dict[str, tuple[float, ...]]]:
-    """The fall of each structure's Dice without each channel; see `ChannelEvidence.drops`."""
+    """The fall of each structure's Dice without each channel; see `ChannelEvidence.drops`.
+
+    Args:
+        predictor: runs the model.
+        volume: the scan.
+        truth: the labels with which Dice is computed: the reference, or the prediction without one.
+        labels: the labels that the predictor returned for the scan.
+        maps: the maps that the predictor returned, by key.
+        keys: keys of the maps to ablate.
+        unlabelled: classes or regions that nobody labelled in the reference.
+        track: reports the progress.
+    """
     labelling = predictor.model.description.labelling
     counts = {key: len(channels_of(maps[key])) for key in keys}
     units = [(key, channel) for key in keys for channel in range(counts[key])]
@@ -281,6 +294,41 @@ class _Shared:
         self.replacement = mean_of_channels(self.image, len(described.channels))
 
 
+@dataclass
+class _Images:
+    """Measures of the comparators from the image. Only the maps for deletion are kept."""
+
+    sides: Mapping[str, Sides]
+    """The cells of each structure that has cells inside and outside."""
+    predicted: Sides
+    """The cells of the predicted structures."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """For each structure, the AUROC of each comparator."""
+    deleted: dict[str, CellValues3d] = field(default_factory=dict)
+    """The comparators that deletion always uses."""
+    best: CellValues3d | None = None
+    """The comparator that localises the prediction best."""
+    best_distance: float = -1.0
+    """|AUROC - 0.5| of `best`."""
+
+    def add(self, batch: Mapping[str, CellValues3d]) -> None:
+        """Measure comparators of all structures."""
+        for name, sides in self.sides.items():
+            self.scores.setdefault(name, {}).update(sides.aurocs(batch))
+        self.deleted |= {name: batch[name] for name in deleted_comparators(list(batch))}
+        self.see(batch)
+
+    def add_closeness(self, structure: str, batch: Mapping[str, CellValues3d]) -> None:
+        """Measure comparators of one structure."""
+        self.scores[structure] |= self.sides[structure].aurocs(batch)
+
+    def see(self, batch: Mapping[str, CellValues3d]) -> None:
+        """Keep the comparator that localises the prediction best."""
+        for name, score in self.predicted.aurocs(batch).items():
+            if abs(score - 0.5) > self.best_distance:
+                self.best, self.best_distance = batch[name], abs(score - 0.5)
+
+
 class _MapGrid:
     """The data on a map's grid that all its channels share."""
 
@@ -298,17 +346,13 @@ class _MapGrid:
             for name, mask in shared.structures.items()
         }
         self.predicted = cells.mean(shared.predicted.astype(np.float32)) >= HALF
-        self.images = image_comparators(shared.pictures, cells, grid)
-        self.closeness = {
-            name: closeness_comparators(shared.pictures, mask, cells, grid)
-            for name, mask in shared.structures.items()
-        }
-        self.images_of_prediction = self.images | closeness_comparators(
-            shared.pictures, shared.predicted, cells, grid
+        self.make_images = partial(image_comparators, shared.pictures, cells, grid)
+        self.make_closeness = partial(
+            closeness_comparators, shared.pictures, cells=cells, grid=grid
         )
+        self.images: dict[bytes, _Images] = {}
         self.blocks = Blocks.of(grid, shared.grid)
         self.known: dict[tuple[str, bytes], Sequence[DeletionCurve]] = {}
-        self.scores: dict[tuple[str, bytes], dict[str, float]] = {}
 
     def evidence(
         self,
@@ -327,15 +371,11 @@ class _MapGrid:
         """
         counted = self.counted & np.isfinite(values)
         draws = {f"{UNTRAINED} {number}": one for number, one in enumerate(untrained)}
-        aurocs = {}
-        for name, inside in self.inside.items():
-            sides = Sides(inside, counted, seed=self.shared.seed)
-            if sides.both:
-                aurocs[name] = {
-                    "map": sides.auroc(values),
-                    **self._image_scores(name, sides, counted),
-                    **{of: sides.auroc(one) for of, one in draws.items()},
-                }
+        images = self._measured_images(counted)
+        aurocs = {
+            name: {"map": sides.auroc(values), **images.scores[name], **sides.aurocs(draws)}
+            for name, sides in images.sides.items()
+        }
         own = Ranked.of(values[counted].astype(np.float64))
         correlations = [
             abs(spearman(own, Ranked.of(one[counted].astype(np.float64)))) for one in untrained
@@ -343,59 +383,67 @@ class _MapGrid:
         return ChannelEvidence(
             drops,
             aurocs,
-            self._curves(values, draws, earlier) if counted.any() else {},
+            self._curves(values, images, draws, earlier) if counted.any() else {},
             tuple(correlations),
             boxed(np.where(counted, values, np.nan)),
             {name: boxed(inside) for name, inside in self.inside.items()},
         )
 
-    def _image_scores(self, structure: str, sides: Sides, counted: ndarray) -> dict[str, float]:
-        """The AUROC of each comparator from the image, which all channels of a map share."""
-        memory = (structure, counted.tobytes())
-        if memory not in self.scores:
-            compared = self.images | self.closeness[structure]
-            self.scores[memory] = {of: sides.auroc(one) for of, one in compared.items()}
-        return self.scores[memory]
-
-    def _best_image(self, sides: Sides, known: ndarray) -> CellValues3d:
-        """The comparator from the image that localises the prediction best, high values inside."""
-        memory = (BEST_IMAGE, known.tobytes())
-        if memory not in self.scores:
-            compared = self.images_of_prediction
-            self.scores[memory] = {of: sides.auroc(one) for of, one in compared.items()}
-        scores = self.scores[memory]
-        best = max(scores, key=lambda name: abs(scores[name] - 0.5))
-        values = self.images_of_prediction[best]
-        return values if scores[best] >= 0.5 else -values
+    def _measured_images(self, counted: ndarray) -> _Images:
+        """The comparators from the image, which all channels with the same cells share."""
+        memory = counted.tobytes()
+        if memory not in self.images:
+            seed = self.shared.seed
+            sides = {name: Sides(mask, counted, seed=seed) for name, mask in self.inside.items()}
+            found = _Images(
+                {name: one for name, one in sides.items() if one.both},
+                Sides(self.predicted, counted, seed=seed),
+            )
+            for batch in in_batches(self.make_images()):
+                found.add(batch)
+            for name in found.sides:
+                found.add_closeness(name, self.make_closeness(self.shared.structures[name]))
+            found.see(self.make_closeness(self.shared.predicted))
+            self.images[memory] = found
+        return self.images[memory]
 
     def _curves(
         self,
         values: CellValues3d,
+        images: _Images,
         draws: Mapping[str, CellValues3d],
         earlier: Sequence[CellValues3d],
     ) -> dict[str, Sequence[DeletionCurve]]:
+        """Deletion curves of each structure, by order.
+
+        Args:
+            values: the channel.
+            images: comparators from the scan's intensity.
+            draws: the same channel of untrained networks, by name.
+            earlier: the same channel in other scans.
+        """
         if not self.shared.agreement.structures:
             return {}
         known = np.isfinite(values)
         orders = {HIGH_FIRST: values, LOW_FIRST: -values}
-        sides = Sides(self.predicted, self.counted & known, seed=self.shared.seed)
-        others = {name: self.images[name] for name in deleted_comparators(list(self.images))}
-        if sides.both:
-            others[BEST_IMAGE] = self._best_image(sides, known)
+        others = dict(images.deleted)
+        if images.best is not None:
+            others[BEST_IMAGE] = images.best
+        of_images = set(others)
         others |= dict(list(draws.items())[:DELETED_DRAWS])
         if earlier:
             others[EARLIER] = mean_map(earlier, values.shape)
         for name, one in others.items():
-            orders[name] = one if not sides.auroc(np.nan_to_num(one)) < 0.5 else -one
+            inverted = images.predicted.auroc(np.nan_to_num(one)) < 0.5
+            orders[name] = -one if inverted else one
         found: dict[str, Sequence[DeletionCurve]] = {}
         for name, one in orders.items():
             # Orders from the intensity are the same for all channels with the same known cells.
             memory = (name, known.tobytes())
-            of_image = name in self.images or name == BEST_IMAGE
-            curves = self.known.get(memory) if of_image else None
+            curves = self.known.get(memory) if name in of_images else None
             if curves is None:
                 curves = self._deleted(np.where(known, np.nan_to_num(one), np.nan))
-                if of_image:
+                if name in of_images:
                     self.known[memory] = curves
             found[name] = curves
         return found

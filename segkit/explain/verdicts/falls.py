@@ -1,4 +1,4 @@
-"""Does a network need a part? Tests of the falls of Dice, over scans, without it.
+"""Does a network need a part? Tests of the falls of Dice without this part, over scans.
 
 A fall is Dice with the part minus Dice without it, in one scan.
 """
@@ -54,5 +54,5 @@ def mean_interval(values: Values) -> tuple[float, float]:
 
 
 def mean_of(values: Values) -> float:
-    """The mean; NaN of no values."""
+    """The mean; NaN if there are no values."""
     return float(np.mean(values)) if len(values) else math.nan

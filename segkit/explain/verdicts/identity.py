@@ -1,8 +1,8 @@
-"""Does a network attend to anything? Dice with each attention block replaced by the identity.
+"""Does a network use its attention? Dice with each attention block replaced by the identity.
 
 The test of Wald et al. (2025, arXiv:2503.01835, Sec. 3), over scans and with the equivalence tests
-of the verdicts on gates (`falls`). Nothing is trained again: a network that falls uses the block,
-which does not say that it needed one.
+of the verdicts on gates (`falls`). Nothing is trained again. If Dice falls, this network uses the
+block; that does not mean that training needs such a block.
 """
 
 import math
@@ -139,9 +139,9 @@ def judge_attention(
     Args:
         predictor: runs the model, which may be of your own module (`described_model`). In an
             ensemble, only the first model is changed.
-        cases: pairs of a scan and its reference labels, or None without a reference. Dice is then
-            that with the unchanged segmentation, and there is no verdict. Pairs without a reference
-            are used only if no pair has one.
+        cases: pairs of a scan and its reference labels, or None without a reference. Without a
+            reference, Dice is computed against the unchanged segmentation, and there is no verdict.
+            Pairs without a reference are used only if no pair has one.
         blocks: names as for `as_identity`; all of `attention_blocks` if None.
         unlabelled: for the index of a pair, the classes or regions that nobody labelled in its
             reference; they do not count there.
@@ -151,7 +151,8 @@ def judge_attention(
         Verdicts, the Dice behind them, and the share of the network outside attention.
 
     Raises:
-        ModelError: if the model has no such attention block.
+        ModelError: if the model has no such attention block, or if a block's output has another
+            shape than its features.
         VolumeError: if a reference does not fit its scan, or has labels that the model does not
             know, or if `unlabelled` names an unknown class.
 
@@ -185,7 +186,7 @@ def check_blocks(predictor: Predictor, blocks: Collection[str] | None = None) ->
         blocks: names of blocks; all of them if None.
 
     Raises:
-        ModelError: if there is none, or if a block's output has not the shape of its features.
+        ModelError: if there is none, or if a block's output has another shape than its features.
     """
     network, image = predictor.model.network, _window(predictor)
     known = attention_blocks(network, image)
@@ -242,8 +243,8 @@ def without_blocks(
         track: reports the progress.
 
     Returns:
-        A row for each block and class that the reference contains, and one for their mean. None if
-        it contains only background.
+        A row for each block and class that the reference contains, and one for their mean; no rows
+        if it contains only background.
 
     Raises:
         VolumeError: if the reference does not fit the scan.
@@ -278,7 +279,13 @@ def without_blocks(
 def study_of(
     predictor: Predictor, blocks: Sequence[str], rows: Sequence[Ablation]
 ) -> AttentionStudy:
-    """The verdicts that follow from the Dice of scans, with the shares of the network."""
+    """The verdicts from the Dice of scans, and the shares of the network outside attention.
+
+    Args:
+        predictor: runs the model.
+        blocks: the blocks that were replaced.
+        rows: rows from `without_blocks`.
+    """
     share = attention_share(predictor.model.network, _window(predictor), blocks)
     return AttentionStudy(tuple(judge_blocks(rows)), tuple(rows), share, tuple(blocks))
 
@@ -286,8 +293,8 @@ def study_of(
 def judge_blocks(rows: Sequence[Ablation]) -> list[BlockVerdict]:
     """A verdict on each block, in the order of the rows.
 
-    With p values over scans, corrected by Holm's method for the number of blocks, and for having
-    looked for a fall and for a rise:
+    The p values over scans are corrected by Holm's method for the number of blocks, and for testing
+    both a fall and a rise:
 
     - needed: Dice falls, by 0.01 or more on average;
     - not needed: Dice changes by less than 0.01 on average, by two one-sided tests, and falls by
@@ -296,7 +303,7 @@ def judge_blocks(rows: Sequence[Ablation]) -> list[BlockVerdict]:
     - cannot tell: all other cases.
 
     Args:
-        rows: of `without_blocks`. Those without a reference are used only if none has one.
+        rows: rows from `without_blocks`. Those without a reference are used only if none has one.
     """
     means = [row for row in rows if row.label is None]
     labelled = [row for row in means if row.against == "reference"]
@@ -319,6 +326,14 @@ def judge_blocks(rows: Sequence[Ablation]) -> list[BlockVerdict]:
 def _verdict(
     block: str, rows: Sequence[Ablation], p_values: Sequence[float], *, has_references: bool
 ) -> BlockVerdict:
+    """The verdict on one block.
+
+    Args:
+        block: its position, or 'all blocks'.
+        rows: mean Dice of each scan with and without the block.
+        p_values: corrected p values of needed, not needed and harmful.
+        has_references: whether the scans have references.
+    """
     words: tuple[BlockWord, ...] = ("needed", "not needed", "harmful")
     found = [word for word, p in zip(words, p_values, strict=True) if p <= SIGNIFICANT]
     word = (found or ["cannot tell"])[0] if has_references else None

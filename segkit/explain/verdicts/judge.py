@@ -32,7 +32,7 @@ def judge_gates(
         cases: pairs of a scan and its reference labels on the same grid, or None without a
             reference. An iterator may read them from disk one by one. Pairs without a reference are
             used only if no pair has one; then `word` is None in every verdict.
-        seed: of the untrained networks and the random order of equal values.
+        seed: seed of the untrained networks and the random order of equal values.
         untrained: a function from a seed to an untrained network with the model's architecture. If
             None, networks are built from the model's description.
         unlabelled: for the index of a pair, the classes or regions that nobody labelled in its

@@ -69,7 +69,7 @@ def study_gates(
         labels: the labels that the predictor returned.
         case: name of the scan.
         earlier: evidence of other scans. Their mean map is a comparator for deletion.
-        seed: of random orders and weights.
+        seed: seed of random orders and weights.
         untrained: makes an untrained network from a seed. If None, networks are built from the
             model's description.
         unlabelled: classes or regions that nobody labelled in the reference; they do not count.
@@ -197,8 +197,8 @@ def _tables(
                 for one in verdicts
             ],
             note="From this scan only. One scan is too few for a verdict other than 'cannot tell'. "
-            "Comparators are intensity and gradient, unchanged and smoothed, and untrained "
-            "networks.",
+            "Comparators are fixed functions of the image, such as its smoothed intensity or "
+            "gradient, and untrained networks.",
         ),
         Table(
             "Dice without each map",

@@ -52,8 +52,8 @@ def untrained_maps(
     Args:
         predictor: runs the trained model.
         image: the image as the network receives it.
-        keys: of the maps.
-        seed: of the first network; the others have `seed + 1`, `seed + 2`, …
+        keys: keys of the maps.
+        seed: seed of the first network; the others have `seed + 1`, `seed + 2`, …
         make: makes a network from a seed. If None, it is built from the model's description.
         draws: the number of networks.
 

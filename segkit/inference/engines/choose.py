@@ -36,6 +36,12 @@ def choose_engine(
       once. If OpenVINO cannot run the network, PyTorch runs it, with a warning.
     - Otherwise PyTorch. `torch.compile` is never chosen, because it is no faster on a CPU.
 
+    Args:
+        name: 'torch', 'compile', 'openvino', 'onnx' or 'auto'.
+        model: the model to run.
+        device: 'auto', 'cpu', 'cuda' or another name of PyTorch's.
+        precision: data type of the arithmetic.
+
     Raises:
         ModelError: the engine is not installed, or does not support the device or the precision.
     """

@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 from numpy import ndarray
 from numpy.testing import assert_allclose
-from scipy.ndimage import maximum_filter, uniform_filter
+from scipy.ndimage import gaussian_filter1d, maximum_filter, uniform_filter
 
 from segkit.explain.measures.cells import Cells
+from segkit.explain.verdicts import comparators
 from segkit.explain.verdicts.comparators import (
     OTHER,
     Sides,
     closeness_comparators,
     deleted_comparators,
     image_comparators,
+    in_batches,
+    squared_differences,
 )
 from segkit.geometry.grid import Grid
 
@@ -36,7 +39,7 @@ def best(image: ndarray, inside: ndarray) -> tuple[str, float]:
     """The comparator that localises a structure best, on cells of two voxels."""
     cells = Cells(HALVES, VOXELS)
     pictures = {"intensity": image.astype(np.float32)}
-    found = image_comparators(pictures, cells, HALVES)
+    found = dict(image_comparators(pictures, cells, HALVES))
     found |= closeness_comparators(pictures, inside, cells, HALVES)
     sides = Sides(halved(inside) >= 0.5, cells.counted)
     scores = {name: abs(sides.auroc(values) - 0.5) for name, values in found.items()}
@@ -66,9 +69,56 @@ def test_a_texture_and_a_band_are_shown_by_functions_of_the_image() -> None:
         assert name.startswith(OTHER)
 
 
+def test_stripes_of_one_direction_and_two_values_are_shown_by_texture_and_entropy() -> None:
+    """Noise of the same strength everywhere. Only its direction or its histogram differs."""
+    random, inside = np.random.default_rng(3), inside_of()
+    along, across = (
+        gaussian_filter1d(random.normal(0, 1, SHAPE), 1.5, axis=axis, mode="wrap")
+        for axis in (0, 1)
+    )
+    stripes = np.where(inside, along / along.std(), across / across.std())
+    two = np.where(inside, np.sign(random.normal(0, 1, SHAPE)), random.normal(0, 1, SHAPE))
+    for image, kind in ((stripes, "texture"), (two, "entropy")):
+        name, score = best(image, inside)
+        assert name.startswith(kind) and score > 0.47, (name, score)
+        assert name.startswith(OTHER)
+
+
+def test_differences_of_neighbours_are_those_of_each_direction() -> None:
+    x, y, _ = np.indices((5, 6, 1)).astype(np.float32)
+    found = squared_differences(2 * x + 3 * y)
+    values = {"x": 4, "y": 9, "x and y": 25, "x and -y": 1}
+    assert list(found) == list(values)
+    for along, value in values.items():
+        within = found[along][1:-1, 1:-1]
+        assert_allclose(within, value)
+    # A corner without a neighbour on this diagonal has none.
+    assert found["x and -y"][0, 0, 0] == 0 and found["x and y"][0, 0, 0] == 25
+
+
+def test_many_maps_at_once_have_the_auroc_of_each() -> None:
+    random, inside = np.random.default_rng(4), inside_of()
+    counted = random.random(SHAPE) < 0.8
+    sides = Sides(inside, counted)
+    maps = {f"{digits} digits": random.normal(size=SHAPE).round(digits) for digits in range(4)}
+    maps |= {"constant": np.ones(SHAPE), "single": random.random(SHAPE).astype(np.float32)}
+    assert sides.aurocs(maps) == {name: sides.auroc(values) for name, values in maps.items()}
+    assert sides.aurocs({}) == {}
+    none = Sides(np.zeros(SHAPE, bool), counted).aurocs(maps)
+    assert list(none) == list(maps) and np.isnan(list(none.values())).all()
+
+
+def test_few_comparators_of_a_large_map_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparators, "RANKED_AT_ONCE", 25)
+    maps = [(f"{number}", np.full((2, 2, 2), number)) for number in range(10)]
+    batches = list(in_batches(iter(maps)))
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    assert [name for batch in batches for name in batch] == [name for name, _ in maps]
+
+
 def test_functions_of_voxels_are_averaged_over_cells() -> None:
     image = np.random.default_rng(2).gamma(1, 1, SHAPE).astype(np.float32)
-    found = image_comparators({"intensity of a": image}, Cells(HALVES, VOXELS), HALVES)
+    found = dict(image_comparators({"intensity of a": image}, Cells(HALVES, VOXELS), HALVES))
     highest = found["maximum of a over 3 voxels"]
     assert_allclose(highest, halved(maximum_filter(image, 3)), rtol=1e-5)
     variance = halved(image.astype(float) ** 2) - halved(image.astype(float)) ** 2
@@ -81,7 +131,9 @@ def test_functions_of_voxels_are_averaged_over_cells() -> None:
     assert_allclose(found["contrast of a of 1 and 4 cells"], fine - coarse)
     # A monotone change of the intensity does not change its ranks.
     ranks = found["rank of a"]
-    changed = image_comparators({"intensity of a": np.log(image)}, Cells(HALVES, VOXELS), HALVES)
+    changed = dict(
+        image_comparators({"intensity of a": np.log(image)}, Cells(HALVES, VOXELS), HALVES)
+    )
     assert_allclose(changed["rank of a"], ranks, atol=2 / 256)
 
 
@@ -89,17 +141,19 @@ def test_planes_of_one_voxel_and_a_constant_image_have_finite_comparators() -> N
     flat = Grid((8, 8, 1), np.eye(4))
     cells = Cells(flat, flat)
     for image in (np.ones((8, 8, 1), np.float32), np.zeros((8, 8, 1), np.float32)):
-        found = image_comparators({"intensity": image}, cells, flat)
+        found = dict(image_comparators({"intensity": image}, cells, flat))
         found |= closeness_comparators({"intensity": image}, image > 0, cells, flat)
         assert all(np.isfinite(values).all() for values in found.values())
         assert all(values.shape == (8, 8, 1) for values in found.values())
 
 
 def test_deletion_has_only_intensity_and_gradient_of_its_own() -> None:
-    found = image_comparators(
-        {"intensity": np.ones(SHAPE, np.float32), "gradient": np.ones(SHAPE, np.float32)},
-        Cells(HALVES, VOXELS),
-        HALVES,
+    found = dict(
+        image_comparators(
+            {"intensity": np.ones(SHAPE, np.float32), "gradient": np.ones(SHAPE, np.float32)},
+            Cells(HALVES, VOXELS),
+            HALVES,
+        )
     )
     assert sorted(deleted_comparators(list(found))) == [
         "gradient",
@@ -116,7 +170,7 @@ def test_smoothing_has_the_same_width_in_mm_along_each_axis(
     grid = Grid((21, 21, 21), np.diag([*spacing, 1.0]))
     image = np.zeros((21, 21, 21), np.float32)
     image[10, 10, 10] = 1
-    found = image_comparators({"intensity": image}, Cells(grid, grid), grid)
+    found = dict(image_comparators({"intensity": image}, Cells(grid, grid), grid))
     smooth = found["intensity smoothed over 2 cells"]
     finest = min(spacing)
     for axis, step in enumerate(spacing):

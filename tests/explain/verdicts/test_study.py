@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segkit.explain.explain_scan import Explanation, explain_volume
+from segkit.explain.explain_scan import explain_volume
+from segkit.explain.explanation import Explanation
 from segkit.explain.verdicts.ablation import OPERATIONS
 from segkit.explain.verdicts.study import Worth, cohort_figures, shown_verdicts
 from tests.planted import KEY, Kind, moved_case, planted, planted_case, untrained_planted

@@ -1,0 +1,1 @@
+"""`segkit check`: a description of a config, a dataset or a volume as segkit reads it."""

@@ -1,0 +1,42 @@
+"""References of the volumes that are explained."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from segkit.errors import VolumeError
+from segkit.evaluation.pairing import pair_by_name
+from segkit.evaluation.references import called, references_in
+from segkit.io.inputs import Input
+
+
+def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path]:
+    """The reference file of each input, by the input's name.
+
+    Args:
+        inputs: the volumes. If some lie among the references, they are not taken for references.
+        references: the label file of the only volume, or a folder of labels or a dataset, whose
+            files are paired with the inputs as in `pair_with`.
+
+    Raises:
+        VolumeError: if an input has no reference or more than one.
+    """
+    known = references_in(references)
+    if [volume.path for volume in known.volumes] == [references]:
+        if len(inputs) > 1:
+            raise VolumeError(
+                f"{references}: expected a reference for each of {len(inputs)} volumes, but this "
+                f"is a single file; give a folder of references"
+            )
+        return {source.name: references for source in inputs}
+    scans = {file.resolve() for source in inputs for file in source.files}
+    labels = [volume for volume in known.volumes if volume.path.resolve() not in scans]
+    named = {source.files[0]: source.name for source in inputs}
+    pairing = pair_by_name([called(file, name) for file, name in named.items()], labels)
+    found = {named[scan]: label for _, scan, label in pairing.pairs}
+    for source in inputs:
+        if source.name not in found:
+            raise VolumeError(
+                f"{references}: contains no reference called {source.name}; add it or leave out "
+                f"this volume"
+            )
+    return found

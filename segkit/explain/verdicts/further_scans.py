@@ -1,0 +1,57 @@
+"""How many further scans would probably lead to a verdict, if they are like those measured."""
+
+import math
+
+import numpy as np
+from scipy import stats
+
+from segkit.explain.verdicts.falls import DICE_MARGIN, MATTERING_SHARE, SIGNIFICANT, Values
+from segkit.explain.verdicts.hypothesis import ROUTE_SHARES, Hypothesis
+
+POWER = 0.8
+"""Probability of a verdict for which the number of further scans is estimated."""
+MOST_FURTHER = 200
+"""Largest number of further scans that is reported."""
+
+
+def further_scans(of: Hypothesis, num_tested: int) -> int | None:
+    """Estimated number of further scans for a verdict if they are like these; None if too many.
+
+    Each test of a verdict must reach p = 0.05 with probability 0.8. The estimate uses the normal
+    approximation of the signed-rank test, with the mean and deviation of these scans.
+    """
+    # Corrected for the number of tests, and for the choice of localisation or deletion.
+    strict = ROUTE_SHARES["localisation"] * SIGNIFICANT / num_tested
+    shows = [
+        max((_needed(c.beyond, strict) for c in route), default=math.inf) for route in of.routes
+    ]
+    no_more = [min(_needed(c.short, SIGNIFICANT / 8) for c in route) for route in of.routes]
+    need = [
+        _needed(falls, strict) if np.mean(falls) >= DICE_MARGIN else math.inf
+        for falls in of.least_contexts
+    ]
+    without = [
+        _needed([DICE_MARGIN - abs(fall) for fall in falls], strict) for falls in of.contexts
+    ]
+    least = math.ceil(math.log(strict) / math.log(1 - MATTERING_SHARE))
+    shown = min(shows, default=math.inf)
+    words = [
+        max(shown, min(need, default=math.inf)) if of.learned_p() < 1 else math.inf,
+        max(shown, max(without, default=math.inf), least),
+        max(no_more, default=math.inf),
+    ]
+    further = min(words) - of.cases
+    return None if further > MOST_FURTHER else max(int(further), 1)
+
+
+def _needed(values: Values, significance: float) -> float:
+    """Number of scans after which a signed-rank test probably finds such values above 0."""
+    least = math.ceil(-math.log2(significance))
+    if len(values) < 2:
+        return least if len(values) and values[0] > 0 else math.inf
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    if mean <= 0:
+        return math.inf
+    quantiles = stats.norm.isf(significance) + stats.norm.ppf(POWER)
+    # The efficiency of the signed-rank test is 3 / π of that of the t-test.
+    return max(least, math.ceil((quantiles * deviation / mean) ** 2 * math.pi / 3))

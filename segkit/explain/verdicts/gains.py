@@ -1,0 +1,128 @@
+"""By how much a gate's channel shows a structure better than each comparator, scan by scan.
+
+A channel may show a structure by high values ("lets it through") or by low values ("shuts it out").
+It shows it by localisation (AUROC), or by deletion: Dice falls sooner if the cells are deleted in
+the order of the map.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from segkit.explain.measures.ranks import Ranked
+from segkit.explain.measures.statistics import auroc
+from segkit.explain.verdicts.comparators import mean_map
+from segkit.explain.verdicts.evidence import HIGH_FIRST, LOW_FIRST, ChannelEvidence
+
+Direction = Literal["lets through", "shuts out"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+AUROC_MARGIN = 0.02
+ERROR_MARGIN = 0.25
+"""A map's AUROC must exceed that of a comparator by 0.02, or by a quarter of the comparator's
+distance to 1 if that is less."""
+LEAST_MARGIN = 1e-4
+"""Smallest margin of AUROC in the test for showing no more."""
+AREA_MARGIN = 0.02
+"""The area under a map's deletion curve must be smaller than a comparator's by this much."""
+MEAN_MAP = "mean map of the other scans"
+Pairs = dict[str, list[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparator, and a map's gain over it in each scan with the required margin."""
+
+    name: str
+    gains: tuple[float, ...]
+    margins: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.gains))
+
+    @property
+    def beyond(self) -> list[float]:
+        """By how much each gain exceeds its margin."""
+        return [gain - margin for gain, margin in zip(self.gains, self.margins, strict=True)]
+
+    @property
+    def short(self) -> list[float]:
+        """By how much each gain falls short of its margin."""
+        return [
+            max(margin, LEAST_MARGIN) - gain
+            for gain, margin in zip(self.gains, self.margins, strict=True)
+        ]
+
+
+def auroc_pairs(evidence: Sequence[ChannelEvidence], structure: str) -> Pairs:
+    """AUROC of the channel and of each comparator, in each scan that has the structure."""
+    pairs: Pairs = {}
+    for one in evidence:
+        scores = one.aurocs.get(structure, {})
+        for name, score in scores.items():
+            if name != "map" and not math.isnan(score):
+                pairs.setdefault(name, []).append((scores["map"], score))
+    pairs[MEAN_MAP] = _with_mean_maps(evidence, structure)
+    return pairs
+
+
+def gains_in_auroc(pairs: Pairs, direction: Direction) -> list[Compared]:
+    """The gains of the channel's AUROC over each comparator in both directions."""
+    compared = []
+    for name, found in pairs.items():
+        for turned in (False, True):
+            scores = [1 - other if turned else other for _, other in found]
+            gains = [
+                turned_auroc(own, direction) - one
+                for (own, _), one in zip(found, scores, strict=True)
+            ]
+            margins = [min(AUROC_MARGIN, ERROR_MARGIN * (1 - one)) for one in scores]
+            if found:
+                shown_name = name + ", inverted" * turned
+                compared.append(Compared(shown_name, tuple(gains), tuple(margins)))
+    return compared
+
+
+def _with_mean_maps(
+    evidence: Sequence[ChannelEvidence], structure: str
+) -> list[tuple[float, float]]:
+    """AUROC of the channel in each scan, and AUROC of its mean map over the other scans."""
+    found = []
+    boxes = [one.box for one in evidence]
+    for number, one in enumerate(evidence):
+        inside = one.inside.get(structure)
+        others = boxes[:number] + boxes[number + 1 :]
+        if inside is None or not others:
+            continue
+        mean = mean_map(others, one.box.shape)
+        known = np.isfinite(mean) & np.isfinite(one.box)
+        scores = [auroc(Ranked.of(box[known]), inside[known]) for box in (one.box, mean)]
+        if not np.isnan(scores).any():
+            found.append((scores[0], scores[1]))
+    return found
+
+
+def gains_in_deletion(
+    evidence: Sequence[ChannelEvidence], structure: str, direction: Direction
+) -> list[Compared]:
+    """The gains of the channel's deletion order over each comparator's order, in area."""
+    own = HIGH_FIRST if direction == DIRECTIONS[0] else LOW_FIRST
+    gains: dict[str, list[float]] = {}
+    for one in evidence:
+        areas = one.areas(structure)
+        for name, area in areas.items():
+            gained = area - areas[own]
+            # A network may give NaN for an image of which a part is deleted.
+            if name not in (HIGH_FIRST, LOW_FIRST) and math.isfinite(gained):
+                gains.setdefault(name, []).append(gained)
+    return [
+        Compared(name, tuple(found), (AREA_MARGIN,) * len(found)) for name, found in gains.items()
+    ]
+
+
+def turned_auroc(score: float, direction: Direction) -> float:
+    """The AUROC of a map, or of the inverted map if it shuts the structure out."""
+    return score if direction == DIRECTIONS[0] else 1 - score

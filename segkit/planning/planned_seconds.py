@@ -1,0 +1,72 @@
+"""Seconds of a step and of a window of a planned network, measured on this machine."""
+
+from functools import partial
+
+import torch
+
+from segkit.config.model import ModelDescription
+from segkit.config.training import Config
+from segkit.data.augment_spatial import Vary
+from segkit.data.variation import build_variation
+from segkit.inference.window_seconds import seconds_of_window
+from segkit.model.build import build_network
+from segkit.nn.normalisation import order_for
+from segkit.planning.planning_task import PlanningTask
+from segkit.planning.speed import CPU, step_seconds
+from segkit.system.core_share import CoreShare
+
+STEP_OF = ("channels", "labels", "regions", "network", "slices", "patch_size", "first_stage")
+"""Parts of a description that, with the batch size, decide how long a step takes."""
+
+
+def measured_seconds(
+    task: PlanningTask, config: Config, description: ModelDescription
+) -> tuple[float, float]:
+    """Seconds of a step, and of a window in a validation, measured on the task's device."""
+    step = {
+        "what": "step",
+        "batch_size": config.data.batch_size,
+        **description.model_dump(mode="json", include=set(STEP_OF)),
+    }
+    seconds = task.figures.once(
+        step, partial(seconds_of_step, config, description, task.device), task.device
+    )
+    window = task.figures.once(
+        {**step, "what": "window"},
+        partial(seconds_of_windows, description, task.device),
+        task.device,
+    )
+    return seconds, window
+
+
+def seconds_of_windows(description: ModelDescription, device: torch.device) -> float:
+    """Seconds for a window in a validation, which runs two at once; on a CPU, on free cores."""
+    network = build_network(description).to(device)
+    order_for(network, device)
+    windows = torch.zeros(2, description.channels_in, *description.volume_patch, device=device)
+    watch = CoreShare()
+    seconds = seconds_of_window(network, windows)
+    return seconds * watch.share() if device.type == "cpu" else seconds
+
+
+def seconds_of_step(
+    config: Config, description: ModelDescription, device: torch.device = CPU
+) -> float:
+    """Seconds of a training step with a config's network on a device of this machine."""
+    batch, patch = config.data.batch_size, description.volume_patch
+    network = build_network(description).to(device)
+    vary: Vary | None = None
+    margin: tuple[int, ...] = (0, 0, 0)
+    if device.type != "cpu":
+        vary, margin = build_variation(
+            config.data,
+            patch,
+            spacing=description.spacing,
+            labels=description.labelling.value_names,
+            first_classes=len(description.first_stage.classes) if description.first_stage else 0,
+        )
+    cut = [size + 2 * beyond for size, beyond in zip(patch, margin, strict=True)]
+    channels = len(description.channels) + (description.first_stage is not None)
+    image = torch.zeros(batch, channels if vary else description.channels_in, *cut, device=device)
+    label = torch.zeros(batch, *cut, dtype=torch.long if vary is None else torch.uint8)
+    return step_seconds(network, image, label.to(device), vary=vary, repeats=3)

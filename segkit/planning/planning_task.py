@@ -1,0 +1,188 @@
+"""The task of a plan: a measured dataset, and the budget in time and memory."""
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from segkit.config.dataset_files import DatasetConfig, FilesConfig
+from segkit.config.pictures import PicturesConfig
+from segkit.data.case_facts import CASES_PER_PROCESS
+from segkit.data.dataset import Dataset, dataset_of, unlabelled
+from segkit.errors import counted, printable
+from segkit.planning import nnunet_rules as rules
+from segkit.planning.fingerprint import Fingerprint, fingerprint
+from segkit.planning.plan import (
+    Plan,
+    Steps,
+    coarse_plan_for_time,
+    flat_axes,
+    plan_for_memory,
+    plan_for_time,
+)
+from segkit.planning.schedule import MOST_VALIDATIONS, Schedule
+from segkit.planning.speed import Figures, multiply_adds_per_second
+from segkit.system.progress import Track
+from segkit.system.resources import choose_device, free_memory_of, limit_threads, num_cores
+
+logger = logging.getLogger(__name__)
+
+Preset = Literal["auto", "nnunet"]
+PLANNED_STEPS = Steps(for_batch=10_000, for_width=4000, for_patch=1200)
+"""Numbers of steps that must fit into the time; docs/planning.md describes the measurements."""
+DEFAULT_MEMORY = 8e9
+SPEED = "speed.json"
+"""The file in the cache with measurements of this processor, so that a plan can be repeated."""
+NNUNET_STEPS = 250_000
+
+
+@dataclass(frozen=True)
+class PlanningTask:
+    """The dataset to plan for, and the budget."""
+
+    source: DatasetConfig
+    dataset: Dataset
+    fingerprint: Fingerprint
+    device: torch.device
+    accelerator: str | None
+    """Accelerator of the training: 'cpu' or 'gpu', if the user chose one."""
+    own_schedule: bool
+    """Whether plan and schedule are nnU-Net's own."""
+    timed: bool
+    """Whether patch and network must fit the time, because the device is here to be measured."""
+    spatial_dims: int
+    gigabytes: float
+    minutes: float
+    """Minutes of one stage; not used with nnU-Net's own schedule."""
+    figures: Figures
+    """Measurements of this processor."""
+    runs: Path
+    """The folder in which a second stage will find the run of the first."""
+    steps: Steps = PLANNED_STEPS
+    coarse: bool = False
+    """Whether the plan uses a coarser grid, at which a patch covers enough of an image."""
+    why_slices: str = ""
+    """Why volumes are planned in slices, if nobody asked for that."""
+
+    def draft(self) -> Schedule:
+        """nnU-Net's own schedule, or a provisional one until steps are timed."""
+        why = "nnU-Net's 1000 epochs of 250 steps."
+        return Schedule(NNUNET_STEPS, why, validate_every=NNUNET_STEPS // MOST_VALIDATIONS)
+
+    def plan(self) -> Plan:
+        """The largest plan within the budget, on a coarser grid if `coarse` is set."""
+        numbers = self.fingerprint.numbers()
+        if not self.timed:
+            return plan_for_memory(
+                numbers, spatial_dims=self.spatial_dims, gigabytes=self.gigabytes
+            )
+        speed = self.figures.once(
+            {"what": "multiply-adds"},
+            partial(multiply_adds_per_second, self.device),
+            self.device,
+        )
+        if self.coarse:
+            coarse = coarse_plan_for_time(
+                numbers,
+                minutes=self.minutes,
+                steps=self.steps,
+                multiply_adds_per_second=speed,
+                gigabytes=self.gigabytes,
+            )
+            if coarse is not None:
+                return coarse
+        return plan_for_time(
+            numbers,
+            spatial_dims=self.spatial_dims,
+            minutes=self.minutes,
+            steps=self.steps,
+            multiply_adds_per_second=speed,
+            gigabytes=self.gigabytes,
+        )
+
+
+def source_of(
+    folder: str | Path | DatasetConfig,
+    files: FilesConfig | None,
+    pictures: PicturesConfig | None,
+) -> DatasetConfig:
+    """The settings of a dataset: `folder` itself if it is settings, or made from the arguments."""
+    if isinstance(folder, DatasetConfig):
+        return folder
+    return DatasetConfig(folder=Path(folder), files=files, pictures=pictures)
+
+
+def warn_if_busy(task: PlanningTask) -> None:
+    """Warn if other programs used the cores while the plan's speed was measured."""
+    if (warning := task.figures.busy()) is not None:
+        logger.warning("%s", warning)
+
+
+def planning_task(
+    source: DatasetConfig,
+    *,
+    cache: Path,
+    device: str,
+    spatial_dims: int | None,
+    gigabytes: float | None,
+    minutes: float,
+    preset: Preset,
+    runs: Path,
+    track: Track,
+) -> PlanningTask:
+    """Measure the dataset and find out the budget. The arguments are those of `plan_dataset`."""
+    limit_threads()
+    dataset = dataset_of(source)
+    workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
+    chosen, own_schedule = choose_device(device), preset == "nnunet"
+    on_cpu = chosen.type == "cpu"
+    present = on_cpu or torch.cuda.is_available()
+    if gigabytes is None:
+        free = free_memory_of(chosen) if present and not on_cpu else DEFAULT_MEMORY
+        gigabytes = round(free / 1e9, 1)
+    measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
+    labelled = {number for case in measured.cases for number in case.classes}
+    if warning := unlabelled(dataset, labelled, f"the {counted(len(dataset.cases), 'case')}"):
+        logger.warning("%s", printable(warning))
+    task = PlanningTask(
+        source,
+        dataset,
+        measured,
+        device=chosen,
+        accelerator=None if device == "auto" else "cpu" if on_cpu else "gpu",
+        own_schedule=own_schedule,
+        timed=present and not own_schedule,
+        spatial_dims=spatial_dims or (2 if flat_axes(measured.numbers()) else 3),
+        gigabytes=gigabytes,
+        minutes=minutes,
+        figures=Figures(cache / SPEED),
+        runs=runs,
+    )
+    return task if spatial_dims else _in_slices_if_time_is_short(task)
+
+
+def _in_slices_if_time_is_short(task: PlanningTask) -> PlanningTask:
+    """The task in 2D, if time leaves a 3D patch that holds little of an image.
+
+    If it is the memory that keeps the patch so small, the task stays in 3D, because nnU-Net trains
+    two stages then.
+    """
+    if not task.timed or task.spatial_dims == 2:
+        return task
+    numbers = task.fingerprint.numbers()
+    plan = task.plan()
+    roomy = plan_for_memory(numbers, spatial_dims=3, gigabytes=task.gigabytes)
+    image = math.prod(rules.median_shape(numbers.spacings, numbers.shapes, plan.spacing))
+    patch, possible = math.prod(plan.patch_size), math.prod(roomy.patch_size)
+    if not rules.needs_low_resolution(plan.patch_size, image) or 2 * patch > possible:
+        return task
+    why = (
+        f" Slices, as {counted(task.minutes, 'minute')} leave a 3D patch of "
+        f"{'x'.join(map(str, plan.patch_size))}, which holds {patch / image:.2g} of the median "
+        f"image; more minutes or --dims 3 train in 3D."
+    )
+    return replace(task, spatial_dims=2, why_slices=why)

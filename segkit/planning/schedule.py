@@ -1,0 +1,113 @@
+"""The schedule of a planned training: steps and validations that fit into its time."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from segkit.config.data import SplitDatasetConfig
+from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING
+from segkit.errors import counted
+
+SHARE_OF_PREPARING = 0.05
+"""This share of the time is reserved for preparing; a run measures the real time."""
+SHARE_OF_VALIDATION = 0.1
+"""Validations take at most this share of the time."""
+MOST_VALIDATIONS, FEWEST_VALIDATIONS = 10, 3
+"""If there is no time for three validations, each uses fewer cases."""
+
+
+class Schedule(NamedTuple):
+    """The length of a training and its validations."""
+
+    steps: int
+    why_steps: str
+    """The reason for the number of steps."""
+    validate_every: int
+    validation_cases: int | None = None
+    """Number of cases in each validation; None means all held-out cases."""
+    minutes: float | None = None
+    """Wall time of the run; None if the number of steps is fixed."""
+
+
+def num_held_out(data: SplitDatasetConfig, count: int) -> int:
+    """About how many of `count` cases a split holds out."""
+    if data.fold is not None or data.splits is not None:
+        folds = len(data.splits) if isinstance(data.splits, list) else data.num_folds
+        return count // folds
+    if isinstance(data.validation, list):
+        return len(data.validation)
+    return max(round(data.validation * count), 1) if count > 1 else 0
+
+
+def schedule_within(
+    minutes: float,
+    *,
+    seconds_per_step: float,
+    seconds_per_case: float,
+    held_out: int,
+    precision: torch.dtype = torch.float32,
+    place: str = "here",
+) -> Schedule:
+    """Validations and steps that fit into the time of a run.
+
+    Args:
+        minutes: time of the whole run.
+        seconds_per_step: time of a training step.
+        seconds_per_case: time of a case in validations and in the final scores.
+        held_out: number of held-out cases.
+        precision: precision of the training.
+        place: the machine that trains, in words.
+    """
+    total = 60 * minutes
+    count, cases = _validations(SHARE_OF_VALIDATION * total, seconds_per_case, held_out)
+    validating = count * cases * seconds_per_case
+    scoring = min(held_out * seconds_per_case, MOST_FOR_SCORING * total)
+    preparing = SHARE_OF_PREPARING * total
+    steps = max(int((total - validating - scoring - preparing) / seconds_per_step), LEAST_STEPS)
+    name = "single precision" if precision == torch.float32 else str(precision).split(".")[-1]
+    reserved = [f"{preparing:.0f} s are reserved for preparing"]
+    if cases:
+        each = f"{counted(count, 'validation')} of {counted(cases, 'case')}"
+        reserved.append(f"{validating:.0f} s for {each}")
+    if held_out:
+        reserved.append(f"{scoring:.0f} s for the final scores")
+    *most, last = reserved
+    parts = f"{', '.join(most)} and {last}" if most else last
+    why = (
+        f"A step takes {seconds_per_step:.3g} s {place}, in {name}. "
+        f"Of {counted(minutes, 'minute')}, {parts}; "
+        f"{counted(steps, 'step', form=',')} fit{'s' * (steps == 1)} into the rest."
+    )
+    if held_out and not cases:
+        why += (
+            f" There is no validation, as a single case takes {seconds_per_case:.0f} s, over a "
+            f"tenth of the time."
+        )
+    elif not held_out:
+        why += " No case is held out, so there are no scores."
+    if steps == LEAST_STEPS:
+        why += " This is the smallest number of steps, so the run may take longer."
+    return Schedule(
+        steps,
+        why,
+        validate_every=max(math.ceil(steps / (count + 0.5)), 1),
+        validation_cases=cases if cases < held_out else None,
+        minutes=minutes,
+    )
+
+
+def _validations(seconds: float, per_case: float, held_out: int) -> tuple[int, int]:
+    """The number of validations that fit into the time, and the number of cases in each.
+
+    If not even one case fits, there are checkpoints without validation: validations of 0 cases.
+    """
+    whole = held_out * per_case
+    if not whole or MOST_VALIDATIONS * whole <= seconds:
+        return MOST_VALIDATIONS, held_out
+    if FEWEST_VALIDATIONS * whole <= seconds:
+        return int(seconds / whole), held_out
+    cases = int(seconds / FEWEST_VALIDATIONS / per_case)
+    if cases:
+        return FEWEST_VALIDATIONS, cases
+    return (1, 1) if per_case <= seconds else (MOST_VALIDATIONS, 0)
