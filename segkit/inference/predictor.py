@@ -272,7 +272,12 @@ class Predictor:
         )
 
     def numbers_of(self, volume: Volume, track: TrackSlabs = untracked_slabs) -> Volume:
-        """Labels in segkit's numbers 0, 1, 2, …. It raises the same errors as a prediction."""
+        """Labels in segkit's numbers 0, 1, 2, …. It raises the same errors as a prediction.
+
+        Args:
+            volume: (x, y, z) or (x, y, z, channel), with the channels of the training data.
+            track: shows the progress, as in a call of the predictor.
+        """
         return volume_within(self(volume, track=track).labels, self.model.description.labelling)
 
     @property
@@ -297,7 +302,12 @@ class Predictor:
         volume: Volume,
         first_labels: Volume | None = None,
     ) -> Prepared:
-        """The image that the first network gets. It raises the same errors as a prediction."""
+        """The image that the first network gets. It raises the same errors as a prediction.
+
+        Args:
+            volume: (x, y, z) or (x, y, z, channel), with the channels of the training data.
+            first_labels: labels of the first stage, if they are known.
+        """
         return self._prepare_all(self.with_numbers(volume), first_labels)[0]
 
     def prepare_next(self, volume: Volume) -> list[Prepared] | None:
@@ -326,6 +336,9 @@ class Predictor:
         """The volume, with 0 for NaN and infinity if all models have `data.nan: background`.
 
         Otherwise it is the volume itself, and prediction raises an error if it has such values.
+
+        Args:
+            volume: (x, y, z) or (x, y, z, channel).
         """
         if any(member.model.description.nan != "background" for member in self.members):
             return volume
