@@ -188,9 +188,9 @@ def page(
     given = " ".join(f"--{name} {value}" for name, value in vars(sizes).items())
     parts = [
         "# Reliability",
-        "What happens to segkit's jobs if they are killed, if the system refuses what they need, "
-        "and "
-        "if there are very many of them. This command made the page:\n\n"
+        "This page shows what happens to segkit's jobs if they are killed, if the system refuses "
+        "them memory or disk space, and if there are very many of them. This command made the "
+        "tables:\n\n"
         "<!-- not run: takes minutes, and mounts disks -->\n"
         f"```sh\npython -m benchmarks.reliability {given}\n```",
         "## Faults",
@@ -203,19 +203,18 @@ def page(
         "sentence);\n"
         "- then the same command, or `--resume`, ends with the same files, **byte for byte**, as a "
         "job without a fault.\n\n"
-        "Lost bytes are those of files that were there before, of half-written files, and of files "
-        "that differ from those of a job without a fault.",
+        "Lost bytes are the bytes of three kinds of files: earlier files that were changed, "
+        "half-written files, and files that differ from those of a job without a fault.",
         faults_table(trials) + failures(trials),
-        "`kill -9` comes at random: before a change to a file or folder, while one is being "
-        "written, "
-        "or at any time. Every third job is killed again when it continues. Training is compared "
-        "by "
+        "The time of `kill -9` is drawn at random: before a file or folder is changed, while a "
+        "file is being written, or any time. Every third job is killed again when it continues. "
+        "Training is compared by "
         "its weights, description, table of metrics and pictures. Ctrl-C and SIGTERM, which "
         "schedulers send before a time limit, come at any time of training or validation; the "
         f'slowest of {sum(t.seconds > 0 for t in trials)} jobs ended after {slowest:.1f} s. "Two '
         "at "
         'once" start in one folder, from an empty cache.',
-        "## What is said",
+        "## Messages",
         sentences(trials),
     ]
     if inputs is not None:

@@ -33,7 +33,7 @@ def check(
         path: the file or folder to describe.
         overrides: changes to a config, such as "train.steps=500".
         series: the UID of a DICOM series in the folder, or a rule for the series in the folder and
-            below it. If None, the folder's only series is described, or its several are listed.
+            below it. If None, the only series of the folder is described; several are listed.
         pixel_size: pixel size of a picture, such as ["4 nm"]; it replaces the file's own.
         cache: the folder in which the facts of a large dataset's cases are stored, so that a check
             that was stopped can continue. If None, nothing is stored.

@@ -1,4 +1,4 @@
-"""What segkit understands of a config: every value that training uses."""
+"""Description of a config as segkit reads it: every value that training uses."""
 
 from collections.abc import Sequence
 from pathlib import Path

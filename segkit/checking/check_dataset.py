@@ -1,4 +1,4 @@
-"""What segkit understands of a dataset, from every case."""
+"""Description of a dataset as segkit reads it, from every case."""
 
 import math
 from collections import Counter
@@ -31,9 +31,16 @@ too."""
 def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = None) -> Understood:
     """Description of a dataset: sizes, spacings and the voxels of each class, from every case.
 
-    Each case is read and compared with the dataset's declaration. Raises DatasetError or
-    VolumeError with one sentence for each wrong case. If this takes long, the facts of cases are
-    stored in `cache`, and a check that was stopped continues.
+    Each case is read and compared with the dataset's declaration.
+
+    Args:
+        source: settings of the dataset.
+        track: shows the progress over cases.
+        cache: the folder in which the facts of cases are stored if reading takes long, so that a
+            check that was stopped can continue.
+
+    Raises:
+        DatasetError, VolumeError: cases are wrong; `problems` has a sentence for each.
     """
     dataset, folder = dataset_of(source), source.folder
     pictures = PictureSummary()
@@ -139,7 +146,13 @@ def _lines_of_channels(channels: Sequence[str]) -> list[str]:
 def _lines_of_labels(
     dataset: Dataset, shares: Mapping[str, tuple[int, float]], undeclared: "UndeclaredNumbers"
 ) -> list[str]:
-    """Lines on each class (its number of cases, its share of voxels), then on partial labels."""
+    """Lines on each class (its number of cases, its share of voxels), then on partial labels.
+
+    Args:
+        dataset: the dataset.
+        shares: for each class, the number of its cases and its share of the voxels.
+        undeclared: numbers in label files that belong to no name.
+    """
     labelling = dataset.labelling
     lines = [
         f"{name}: in {counted(cases, 'case')}, {share:.2%} of voxels"

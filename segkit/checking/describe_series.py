@@ -1,4 +1,4 @@
-"""What segkit understands of DICOM series in folders."""
+"""Description of DICOM series in folders as segkit reads them."""
 
 from dataclasses import replace
 from pathlib import Path

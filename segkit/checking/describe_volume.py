@@ -1,4 +1,4 @@
-"""What segkit understands of a volume or a picture."""
+"""Description of a volume or a picture as segkit reads it."""
 
 from pathlib import Path
 

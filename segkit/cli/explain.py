@@ -73,7 +73,7 @@ def explain_command(
     overlap: OverlapOption = 0.5,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write attention maps, measures of what they show, and a page.
+    """Write attention maps, how well they show structures, and a page.
 
     Maps are compared with the reference, or with the predicted labels if there is none. If there
     are several volumes, each has its own folder, and a table and a page summarise all. A volume
@@ -90,7 +90,7 @@ def explain_command(
     from segkit.inference.predictor import Predictor
     from segkit.io.picture_summary import picture_lines
     from segkit.io.series_rules import parse_series
-    from segkit.model.folder import load_model, model_folders, picture_rules_of
+    from segkit.model.folder import picture_rules_of
     from segkit.system.progress import Tracker
 
     if heads and reference is None:
@@ -99,13 +99,13 @@ def explain_command(
         raise VolumeError("--cell needs --attribution occlusion or kernel_shap; add it")
     methods = chosen_methods(attribution or ())
     settings = AttributionSettings(cell_mm=cell)
-    folder = model_folders(find_models(model and [model])[0], checkpoint)[0]
-    loaded = load_model(folder, checkpoint=checkpoint)
+    named = find_models(model and [model], checkpoint)[0][0]
+    loaded = named.load()
     rules = picture_rules_of(loaded.description, pixel_size)
     found = inputs_in(
         inputs, loaded.description.channels, series=parse_series(series), rules=rules, but=out
     )
-    say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
+    say(f"model: {named}")
     for line in picture_lines([source.files[0] for source in found], rules):
         say(line)
     # In float32 also on a GPU, because the values of maps are measured.

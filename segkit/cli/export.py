@@ -60,14 +60,15 @@ def export_command(
     from segkit.export.export import export_model
     from segkit.io.inputs import find_inputs, read_input
     from segkit.io.volume import read_labels
-    from segkit.model.folder import load_model, model_folders, picture_rules_of
+    from segkit.model.folder import picture_rules_of
 
-    folder, *more = model_folders(find_models([model])[0], checkpoint)
+    named, *more = find_models([model], checkpoint)[0]
     if more:
         raise SegkitError(
-            f"{model}: expected one model, found {1 + len(more)}; choose one, such as {folder}"
+            f"{model}: expected one model, found {1 + len(more)}; choose one, such as "
+            f"{named.folder}"
         )
-    loaded = load_model(folder, checkpoint=checkpoint)
+    loaded = named.load()
     description = loaded.description
     rules = picture_rules_of(description)
     found = find_inputs([scan], len(description.channels), rules=rules) if scan else []

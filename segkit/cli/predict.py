@@ -113,13 +113,13 @@ def predict_command(
     from segkit.inference.predictor import Predictor
     from segkit.io.picture_summary import picture_lines
     from segkit.io.series_rules import parse_series
-    from segkit.model.folder import load_model, model_folders, picture_rules_of
+    from segkit.model.folder import picture_rules_of
     from segkit.system.progress import CohortProgress
 
     number, count, device = _share(shard, device)
-    folders = [folder for path in find_models(models) for folder in model_folders(path, checkpoint)]
+    named = [model for each in find_models(models, checkpoint) for model in each]
     predictor = Predictor(
-        [load_model(folder, checkpoint=checkpoint) for folder in folders],
+        [model.load() for model in named],
         device=device,
         overlap=overlap,
         batch_size=batch,
@@ -133,8 +133,8 @@ def predict_command(
     found = inputs_in(
         inputs, description.channels, series=parse_series(series), rules=rules, but=out
     )
-    for folder in folders:
-        say(f"model: {folder}{f' ({checkpoint}.ckpt)' if checkpoint else ''}")
+    for model in named:
+        say(f"model: {model}")
     if tta and not predictor.mirrors:
         say("--tta has no effect, because no model was trained on mirror images")
     for line in picture_lines([source.files[0] for source in found], rules):
@@ -179,7 +179,7 @@ def predict_command(
             f"segment them again"
         )
     if json:
-        say_json({"models": [str(folder) for folder in folders], "volumes": volumes})
+        say_json({"models": [str(model.folder) for model in named], "volumes": volumes})
     raise_failures(failures, mine, alone=len(found) == 1)
 
 

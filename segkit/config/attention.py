@@ -166,9 +166,9 @@ class LargeKernelAttentionConfig(Section):
     kind: Literal["lka"] = "lka"
     levels: Levels | None = None
     """Levels with attention. Default: those of at most 32,768 voxels in a patch, the size of the
-    first level of its papers; at finer levels it takes most of the time."""
+    first level in its papers. At finer levels it would take most of the time."""
     layer_scale: Scale = 0.01
-    """The first value of the numbers, one a channel, that multiply the block's output."""
+    """The first value of the numbers, one for each channel, that multiply the block's output."""
 
 
 class PairedAttentionConfig(Section):
@@ -181,11 +181,11 @@ class PairedAttentionConfig(Section):
     """Levels with attention. Default: those of at most 32,768 voxels in a patch, as in the paper.
     Finer levels are refused, because there is a weight for each voxel and each mixture."""
     heads: Few = 4
-    """Attentions side by side; they divide the channels of each level."""
+    """Number of heads. The channels of each level are divided among them."""
     projected: Width = 64
-    """Mixtures of voxels that each voxel attends to."""
+    """Number of mixtures of voxels to which each voxel attends."""
     layer_scale: Scale = 1e-6
-    """The first value of the numbers, one a channel, that multiply the block's output."""
+    """The first value of the numbers, one for each channel, that multiply the block's output."""
 
 
 class SelfAttentionConfig(Section):
@@ -203,8 +203,8 @@ class SelfAttentionConfig(Section):
     """Size of the attention window along each axis, in voxels of the coarsest level. Default: the
     whole patch."""
     shift: bool = False
-    """Whether a second attention follows, within windows that are moved by half their size (Swin):
-    voxels that the first separates meet in the second."""
+    """Whether a second attention follows, within windows that are shifted by half their size
+    (Swin). So voxels in different windows of the first can share a window of the second."""
 
 
 class TransformerConfig(Section):
@@ -212,16 +212,16 @@ class TransformerConfig(Section):
 
     kind: Literal["transformer"] = "transformer"
     depth: Few = 2
-    """Blocks, one after another. Primus, which is little else, has 12 to 24."""
+    """Number of blocks, one after another. Primus has 12 to 24."""
     heads: Width | None = None
-    """As many as the level's channels have room for if not given."""
+    """Number of heads. Default: the level's channels divided by head_channels."""
     head_channels: Width = 36
-    """The width of each head, a multiple of twice the axes: pairs of channels are turned along
-    each axis."""
+    """Number of channels of each head, a multiple of twice the number of axes, because pairs of
+    channels are rotated along each axis."""
     expansion: Annotated[float, Field(gt=0, le=64)] = 8 / 3
-    """Width of the perceptron's hidden layer over the level's channels."""
+    """Width of the perceptron's hidden layer, divided by the level's channels."""
     layer_scale: Scale = 0.1
-    """The first value of the numbers, one a channel, that multiply the output of each half."""
+    """The first value of the numbers, one for each channel, that multiply each half's output."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Probability that a sample skips the last block in training; it grows from 0 at the first."""
 

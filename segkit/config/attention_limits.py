@@ -75,6 +75,14 @@ def _check_levels(
     channels: Sequence[int],
     grids: Sequence[Sequence[int]],
 ) -> None:
+    """Raise ValueError if large kernels or paired attention do not fit the levels of a place.
+
+    Args:
+        attention: the attention at each place.
+        place: the encoder or the decoder.
+        channels: number of channels of each level, the finest first.
+        grids: number of cells of a patch along each axis, for each level.
+    """
     block = getattr(attention, place)
     if not isinstance(block, LargeKernelAttentionConfig | PairedAttentionConfig):
         return

@@ -82,7 +82,7 @@ class ModelDescription(Section):
     """Distance between the network's voxels along each RAS+ axis, in mm (in pixels if `unit` is
     'pixel')."""
     interpolation: Literal["linear", "cubic"] = "linear"
-    """Default: linear, for models from before this setting existed."""
+    """Interpolation of images. Default: linear, for models from before this setting existed."""
     normalisation: list[NormalisationConfig]
     """The normalisation of each channel, in order."""
     slices: Literal["sagittal", "coronal", "axial"]

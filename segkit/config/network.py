@@ -45,9 +45,9 @@ class MedNeXtBlockConfig(Section):
 
     kind: Literal["mednext"] = "mednext"
     expansion: Few = 2
-    """Width of each block's hidden layer over its channels."""
+    """Width of each block's hidden layer, divided by its channels."""
     response_norm: bool = True
-    """Whether channels compete by global response normalisation, as in their second release."""
+    """Whether blocks have global response normalisation, as in their second release."""
 
 
 LevelBlockConfig = Annotated[

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
-from segkit.data.proposed_files import told_labels, told_proposal
+from segkit.data.proposed_files import DERIVATIVES, told_labels, told_proposal
 from segkit.errors import DatasetError, Problems, first_few
 from segkit.io.dicom_listing import find_folders
 from segkit.io.tables import read_csv
@@ -26,7 +26,6 @@ OF_CASE = ("sub", "ses", "run")
 LABEL_SUFFIX = "dseg"
 LABEL_SUFFIXES = (LABEL_SUFFIX, "probseg", "mask", "defacemask")
 ANATOMY = "anat"
-DERIVATIVES = "derivatives"
 PREDICTED = "segkit"
 """The entity `desc` of labels that segkit predicted."""
 MOST_CASES = 5

@@ -259,6 +259,7 @@ def _groups(
 
 
 def _one(name: str, channel: str, found: list[Series], dicom: DicomConfig) -> Series:
+    """The only series that fits a channel of a case. Raises DatasetError for none or several."""
     if len(found) == 1:
         return found[0]
     rule = rule_of(dicom.images[channel])

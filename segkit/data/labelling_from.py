@@ -159,6 +159,14 @@ def _check_shared(
 def _check_regions(
     source: str, named: Mapping[str, Sequence[int]], order: Sequence[int], background: str
 ) -> None:
+    """Raise DatasetError unless `order` has one number of each region, outer regions first.
+
+    Args:
+        source: file or setting with the names, for messages.
+        named: numbers in files, by name.
+        order: the number that each region is written as.
+        background: name of the background.
+    """
     regions = {name: group for name, group in named.items() if name != background}
     if len(order) != len(regions) or len(set(order)) != len(order):
         raise DatasetError(

@@ -298,6 +298,16 @@ def _store(
     normalisers: Sequence[Normaliser],
     order: Literal[1, 3],
 ) -> None:
+    """Prepare a case and write its folder. Raises DatasetError or VolumeError.
+
+    Args:
+        task: the case, its file of first-stage labels or None, and the folder to write.
+        dataset: the dataset, with its channels and labels.
+        partial_folder: a folder for unfinished results.
+        spacing: target spacing in mm along x, y and z.
+        normalisers: one function for each channel.
+        order: order of the interpolation of images.
+    """
     case, first, target = task
     volume, label_volume = read_case(case, dataset)
     # Without an image, the label decides which part of the volume is background.
@@ -367,6 +377,16 @@ def _digest(
     settings: Any,
     first: Path | None,
 ) -> str:
+    """A digest of everything on which the arrays of a case depend.
+
+    Args:
+        case: the case, with its files.
+        dataset: the dataset, with its channels and labels.
+        spacing: target spacing in mm along x, y and z.
+        order: order of the interpolation of images.
+        settings: JSON value that describes the normalisers.
+        first: the file of first-stage labels, if there is one.
+    """
     sets = dataset.unlabelled_sets[1:]
     structures = dataset.rules.structures
     content = {

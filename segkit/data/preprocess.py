@@ -18,6 +18,7 @@ from torch import Tensor
 from segkit.data.normalise import Normaliser
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid, Orientation, rounded_spacing, separate_axis
+from segkit.geometry.memory_order import slowest_first
 from segkit.geometry.resample import Order, nearest, resample, resample_labels
 from segkit.io.volume import Volume
 from segkit.system.memory import free_memory
@@ -121,9 +122,9 @@ def _float32_on(device: torch.device, values: Shaped[ndarray, "x y z"]) -> Float
         values = np.array(values, np.float32, order="K")
     reversed_axes = tuple(axis for axis in range(values.ndim) if values.strides[axis] < 0)
     forward = np.flip(values, reversed_axes)
-    slowest_first = sorted(range(values.ndim), key=lambda axis: -forward.strides[axis])
-    stored = torch.from_numpy(forward.transpose(slowest_first)).to(device)
-    back = [slowest_first.index(axis) for axis in range(values.ndim)]
+    order = slowest_first(forward.strides)
+    stored = torch.from_numpy(forward.transpose(order)).to(device)
+    back = [order.index(axis) for axis in range(values.ndim)]
     turned = stored.permute(back)
     found = torch.empty(values.shape, device=device)
     return found.copy_(turned.flip(reversed_axes) if reversed_axes else turned)

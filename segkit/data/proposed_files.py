@@ -24,7 +24,7 @@ LISTED_FILES = 20_000
 MOST_READ = 3
 """So many label files are read to find their numbers."""
 PROPOSED_CLASSES = 12
-"""More numbers are no names of classes."""
+"""Largest number of classes that a proposal names."""
 ENTITY_VALUE = re.compile(r"(?<![A-Za-z0-9])(sub|ses|run)-[A-Za-z0-9]+")
 LABEL_WORD = re.compile(
     r"(?:^|[/_.\-*])(?:d?segs?|segm|segmentations?|labels?(?:tr)?|masks?|gt|ground_?truth|truth|"
@@ -33,8 +33,9 @@ LABEL_WORD = re.compile(
 VISIT = re.compile(r"(?i)(ses|visit|time|tp|scan|v)?[-_ ]?[0-9][0-9_.-]*")
 """Names of folders of visits, such as `visit2` or `2020-01-31`."""
 PROPOSED_CHANNELS = 8
-"""More patterns of images are no channels."""
-DERIVATIVES = "derivatives/"
+"""Largest number of channels of a proposal; with more, nothing is proposed."""
+DERIVATIVES = "derivatives"
+"""The folder of BIDS in which labels and other results lie."""
 
 
 def told_proposal(folder: Path) -> str:
@@ -63,10 +64,10 @@ def proposed_files(folder: Path) -> dict[str, Any] | None:
     most = max(len(files) for files in patterns.values())
     common = {key: files for key, files in patterns.items() if 2 * len(files) >= most}
     labels = [key for key in common if _is_of_labels(key)]
-    images = [key for key in common if key not in labels and not key.startswith(DERIVATIVES)]
+    images = [key for key in common if key not in labels and not key.startswith(f"{DERIVATIVES}/")]
     if not labels or not images or len(images) > PROPOSED_CHANNELS:
         return None
-    label = max(labels, key=lambda key: (key.startswith(DERIVATIVES), len(common[key])))
+    label = max(labels, key=lambda key: (key.startswith(f"{DERIVATIVES}/"), len(common[key])))
     names = names_of_classes(common[label])
     files = {"images": _channels(images), "label": label}
     return {"data": {"folder": str(folder), "files": files, "labels": names}}
@@ -91,7 +92,7 @@ def told_labels(labels: Sequence[Path]) -> str:
 
 
 def _is_of_labels(pattern: str) -> bool:
-    return bool(LABEL_WORD.search(pattern.lower().removeprefix(DERIVATIVES)))
+    return bool(LABEL_WORD.search(pattern.lower().removeprefix(f"{DERIVATIVES}/")))
 
 
 def _patterns(folder: Path) -> dict[str, list[Path]]:

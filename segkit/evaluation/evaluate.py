@@ -17,7 +17,8 @@ from segkit.errors import ConfigError, SegkitError, VolumeError, first_few, sent
 from segkit.evaluation.calibration import Calibration
 from segkit.evaluation.evaluate_probabilities import calibrate_pairs
 from segkit.evaluation.label_names import labelling_in, labels_file, picture_rules_in
-from segkit.evaluation.pairing import Pairing, pair_with, references_in
+from segkit.evaluation.pairing import Pairing, pair_with
+from segkit.evaluation.references import references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
 from segkit.io.checksums import checksum, checksums
 from segkit.io.picture_rules import PictureRules, length_mm
@@ -397,6 +398,16 @@ def _score_pair(
     tolerance_mm: float,
     rules: PictureRules,
 ) -> list[CaseScores]:
+    """Scores of each class or region of one case. Raises VolumeError.
+
+    Args:
+        case: name of the case.
+        prediction_path: the prediction; None for an empty one.
+        reference_path: the reference.
+        labelling: the classes or regions.
+        tolerance_mm: tolerance of the normalised surface Dice.
+        rules: how pictures are read.
+    """
     prediction, reference = _read_pair(prediction_path, reference_path, rules)
     grid = reference.grid
     shape: tuple[int, ...] = grid.shape
@@ -408,11 +419,12 @@ def _score_pair(
             (within(volume.data, labelling) if labelling.in_files else volume.data).reshape(shape)
             for volume in (prediction, reference)
         )
-        if prediction_path and labelling.ignore is not None and (found == labelling.ignore).any():
+        ignored = found == labelling.ignore
+        if prediction_path and labelling.ignore is not None and ignored.any():
+            number = prediction.data.reshape(shape)[ignored][0]
             raise ValueError(
-                "expected a class for each voxel of a prediction, found "
-                f"{labelling.in_file(labelling.ignore)}, the number of ignore; replace it with the "
-                "number of a class"
+                f"expected a class for each voxel of a prediction, found {number}, which is "
+                "ignored; replace it with the number of a class"
             )
         rows = score_case(
             found if prediction_path else np.zeros_like(right),

@@ -65,22 +65,6 @@ class Overlap:
     false_negative: Int64[Tensor, "*classes"]
 
     @classmethod
-    def from_confusion(
-        cls, confusion: Int64[Tensor, "*batch num_classes num_classes"]
-    ) -> "Overlap":
-        """Overlap of every class.
-
-        Args:
-            confusion: a matrix with reference labels as rows, or a batch of such matrices.
-        """
-        true_positive = confusion.diagonal(dim1=-2, dim2=-1)
-        return cls(
-            true_positive=true_positive,
-            false_positive=confusion.sum(dim=-2) - true_positive,
-            false_negative=confusion.sum(dim=-1) - true_positive,
-        )
-
-    @classmethod
     def of_groups(
         cls,
         confusion: Int64[Tensor, "num_classes num_classes"],

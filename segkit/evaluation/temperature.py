@@ -27,8 +27,8 @@ LOWEST, HIGHEST = 0.05, 20.0
 NEAR_LIMIT = 0.01
 """A temperature that is nearer to a limit than this share of it lies at the limit."""
 LEAST_LIKELY = {False: 1e-30, True: 1e-7}
-"""A probability of classes (False) or regions (True) below this counts as this in a logarithm: what
-single precision holds of p, and of 1 - p."""
+"""Smallest probability in a logarithm, for classes (False) and regions (True). For regions, 1 - p
+must also differ from 0 in single precision."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Temperature:
     """A temperature, and its effect on the probabilities that it was fitted on."""
 
     value: float
-    """Logits are divided by it. A value above 1 means that the probabilities were too sure."""
+    """Logits are divided by it. A value above 1 means that the probabilities were too extreme."""
     cases: int
     voxels: int
     log_loss: tuple[float, float]

@@ -8,7 +8,7 @@ from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
 from segkit.evaluation.evaluate import tolerance_of
-from segkit.evaluation.pairing import references_in
+from segkit.evaluation.references import references_in
 from segkit.explain.attribution.attribute import AttributionSettings, Method
 from segkit.explain.display import Verdict
 from segkit.explain.explain_scan import explain_volume, facts_of
@@ -118,7 +118,7 @@ def explain_files(
         inputs: the volumes.
         folder: the folder to write the files to.
         references: the label file of the only volume, a folder of labels, or a dataset. Files of a
-            folder or dataset are paired with the volumes as in `find_pairs`. Classes that a dataset
+            folder or dataset are paired with the volumes as in `pair_with`. Classes that a dataset
             calls unlabelled in a case (`data.labelled`) do not count there. If None, the model's
             own labels replace the reference.
         tolerance: largest distance from a structure at which a map's highest value still counts as

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from segkit.evaluation.pairing import references_in
+from segkit.evaluation.references import references_in
 from segkit.explain.heads.study import CaseOnDisk, PositionFigures, head_table, study_heads
 from segkit.explain.page.parts import rows_as_csv
 from segkit.explain.references import find_references

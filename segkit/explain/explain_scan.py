@@ -63,8 +63,8 @@ def explain_volume(
         reference: labels on the scan's grid; its axes may be stored in another order. If None, the
             maps are compared with the predicted labels.
         name: name of the scan on the page and in files.
-        tolerance_mm: largest distance (mm) from a structure at which a map's highest value still
-            counts as pointing at it.
+        tolerance_mm: largest distance from a structure, in mm, at which a map's highest value still
+            counts as pointing at it; 5 mm by default.
         verdicts: whether to judge if each gate matters. This takes minutes. One scan gives
             evidence, but the verdict is nearly always 'cannot tell'; `judge_gates` takes several.
             If there are attributions, each is tested by deletion and randomisation too, and a
@@ -87,10 +87,10 @@ def explain_volume(
         Labels, maps and measures of the scan. Its method `write` writes them to files.
 
     Raises:
-        VolumeError: if the reference lies on another grid, the volume does not fit the model, or
-            `unlabelled` names an unknown class.
-        ModelError: if only verdicts are wanted and the model has no gates, or `identity` and it
-            has no attention block, or an attribution is unknown.
+        VolumeError: if the reference lies on another grid or has labels that the model does not
+            know, the volume does not fit the model, or `unlabelled` names an unknown class.
+        ModelError: if verdicts but no attributions are wanted and the model has no gates; if
+            `identity` is set and it has no such attention block; or if an attribution is unknown.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -181,7 +181,7 @@ def explain_volume(
 
 def _reference_on(volume: Volume, reference: Volume, labelling: Labelling, name: str) -> Volume:
     """A reference on the scan's grid. Raises VolumeError if it does not fit scan or model."""
-    reference = reference.sized_as(volume).onto(
+    reference = reference.measured_as(volume).onto(
         volume.grid, what=f"{name}: the reference", whose="the scan"
     )
     try:
@@ -238,7 +238,17 @@ def _attributed(
     verdicts: bool,
     track: Track,
 ) -> tuple[dict[str, Attribution], dict[str, AttributionTest]]:
-    """Attributions of all predicted structures by all methods, by key, and tests if wanted."""
+    """Attributions of all predicted structures by all methods, by key, and tests if wanted.
+
+    Args:
+        predictor: runs the model.
+        volume: the scan.
+        labels: the predicted labels, which are the regions.
+        methods: the methods.
+        settings: settings of the methods.
+        verdicts: whether each attribution is tested.
+        track: reports the progress.
+    """
     found = {
         one.key: one
         for method in methods

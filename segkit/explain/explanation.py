@@ -112,7 +112,10 @@ class Explanation:
         """A map resampled linearly to the scan's voxels.
 
         Args:
-            key: of a map with a spatial grid, such as 'skip.1/gate'.
+            key: key of a map with a spatial grid, such as 'skip.1/gate'.
+
+        Raises:
+            VolumeError: the map is over channels, so it has no position.
         """
         return map_on_source(self.maps[key], self.scan)
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from segkit.errors import VolumeError
-from segkit.evaluation.pairing import called, pair_by_name, references_in
+from segkit.evaluation.pairing import pair_by_name
+from segkit.evaluation.references import called, references_in
 from segkit.io.inputs import Input
 
 
@@ -14,7 +15,7 @@ def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path
     Args:
         inputs: the volumes. If some lie among the references, they are not taken for references.
         references: the label file of the only volume, or a folder of labels or a dataset, whose
-            files are paired with the inputs as in `find_pairs`.
+            files are paired with the inputs as in `pair_with`.
 
     Raises:
         VolumeError: if an input has no reference or more than one.

@@ -31,7 +31,7 @@ KNOWN_LIMITS = (
     "labelled scans first (`segkit evaluate`)."
 )
 SHORTEST_INTERVAL = 2
-"""Fewest scores of which an interval is shown."""
+"""Smallest number of scores for which an interval is shown."""
 
 
 @dataclass(frozen=True)

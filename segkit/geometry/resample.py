@@ -17,6 +17,8 @@ from jaxtyping import Float, Integer
 from numpy import ndarray
 from torch import Tensor
 
+from segkit.geometry.memory_order import slowest_first
+
 Order = Literal[0, 1, 3]
 
 # The spline through a 1 among zeros has the B-spline coefficients √3 · POLE^|k| at knot k.
@@ -49,12 +51,13 @@ def sample_axis(
         axis: the axis to resample.
         order: 0 for the nearest voxel, 1 for linear, 3 for the cubic spline.
     """
-    memory_order = sorted(range(values.ndim), key=values.stride, reverse=True)
+    memory_order = slowest_first(values.stride())
     sampled = _sampled(values.permute(memory_order), positions, memory_order.index(axis), order)
     return sampled.permute([memory_order.index(dimension) for dimension in range(values.ndim)])
 
 
 def _sampled(values: Tensor, positions: ndarray, axis: int, order: Order) -> Tensor:
+    """The result of `sample_axis`, for values whose axes have the order of memory."""
     if order == 0:
         positions = nearest(positions)
     size = values.shape[axis]

@@ -152,7 +152,16 @@ def checked_results(
     out: Path | None,
     overwrite: bool,
 ) -> Targets | Outcome:
-    """The targets; or the outcome, if the results exist already or must not be written."""
+    """The targets; or the outcome, if the results exist already or must not be written.
+
+    Args:
+        source: the input.
+        targets: the paths of its results.
+        inputs: all input files, which must not be overwritten.
+        asked: the models and the settings, from `models_and_settings`.
+        out: the file or folder that the user named.
+        overwrite: whether existing results are replaced.
+    """
     stopped = targets.labels.absolute() in unfinished_files(targets.labels)
     kept = source.of_folder or targets.labels != out
     there = kept and not (overwrite or stopped) and all(path.exists() for path in targets.all)

@@ -91,7 +91,16 @@ def _others(
     description: ModelDescription,
     made: Mapping[str, Any],
 ) -> list[Callable[[], Sequence[Path]]]:
-    """Functions that write each requested result but the labels, and return its files."""
+    """Functions that write each requested result except the labels, and return its files.
+
+    Args:
+        source: the input.
+        targets: the paths of its results.
+        prediction: the prediction.
+        image: the volume that was segmented.
+        description: description of the first model.
+        made: provenance.
+    """
     labels, labelling = prediction.labels, description.labelling
 
     def write_values(path: Path, volume: Volume) -> Sequence[Path]:

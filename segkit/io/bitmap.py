@@ -23,8 +23,8 @@ PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     ".bmp": BmpImagePlugin.BmpImageFile,
 }
 CHANNELS_OF_MODE = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 2, "RGB": 3, "RGBA": 4, "I": 1, "F": 1}
-GREY, GREY_ALPHA = 0, 4
-"""Colour types in the header of a PNG."""
+GREY = 0
+"""Colour type of grey pixels in the header of a PNG."""
 ORIENTATION_TAG = 0x0112
 Decoded = TypeVar("Decoded")
 

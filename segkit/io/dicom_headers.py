@@ -1,4 +1,4 @@
-"""Headers of DICOM files: their storage class, and where the images in them lie."""
+"""Headers of DICOM files: their storage class, and the positions of the images in them."""
 
 import os
 from dataclasses import dataclass

@@ -18,7 +18,7 @@ PIXELS = b"\xe0\x7f\x10\0"
 PIXEL_TYPES = (b"OW\0\0", b"OB\0\0")
 """The types of pixel data, with two bytes that are not used."""
 PADDING = b"\xfc\xff\xfc\xff"
-"""The tag of bytes after the last element that mean nothing."""
+"""The tag of meaningless bytes after the last element."""
 
 
 def surplus_of_pixels(path: Path, expected: int) -> int:

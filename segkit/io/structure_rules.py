@@ -34,7 +34,7 @@ class StructureRules:
     overlap: bool = False
     """Whether a structure may belong to several classes, as for regions."""
     images: Mapping[Path, Path] = field(default_factory=dict)
-    """The series of each file of structures; labels are painted on its grid."""
+    """The image of each file of structures. Labels are painted on its grid."""
 
     def chosen(self, names: Sequence[str]) -> dict[str, list[int]]:
         """The indices of each class's structures in a list of names.

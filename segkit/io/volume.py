@@ -94,7 +94,9 @@ def read_volume(
         channel), without opacity; a palette is converted to grey or RGB.
 
     Raises:
-        VolumeError: the file does not exist, is damaged, or is not a volume.
+        VolumeError: the file does not exist, is damaged, is not a volume, or does not fit into
+            free memory; or the folder holds several series.
+        SegkitError: a DICOM file with several frames needs pydicom, which is not installed.
 
     Example:
         >>> scan = read_volume("scan.nii.gz")
@@ -131,7 +133,7 @@ def read_label_values(
 
 
 def _placed_structures(path: Path, rules: PictureRules) -> tuple[StructureRules, Grid]:
-    """How the structures of a file become labels, and the grid that they are painted on."""
+    """The rules that turn the structures of a file into labels, and the grid of the labels."""
     structures = rules.structures
     if structures is None or path not in structures.images:
         raise VolumeError(
@@ -152,7 +154,7 @@ def read_labels(
         working: as for `read_volume`.
 
     Returns:
-        The labels, (x, y, z), int64, with 0 for the background.
+        The labels, (x, y, z), int64, with the numbers in the file.
 
     Raises:
         VolumeError: as for `read_volume`, or the values are not whole numbers (up to rounding

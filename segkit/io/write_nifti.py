@@ -18,7 +18,7 @@ QFORM_TOLERANCE = 0.01
 
 
 def write_nifti(path: Path, volume: Volume) -> None:
-    """Write a volume channel by channel; `write_volume` describes what the file holds."""
+    """Write a volume channel by channel; `write_volume` describes the content of the file."""
     image = _to_nifti(volume)
     data = np.asanyarray(image.dataobj)
     kind = image.get_data_dtype()

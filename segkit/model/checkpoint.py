@@ -1,7 +1,7 @@
 """Read the weights in a checkpoint of a run: the best so far, or the last."""
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from segkit.errors import ModelError
+from segkit.model.file_names import CONFIG, WEIGHTS
 
 Checkpoint = Literal["best", "last"]
 BEST = "best.ckpt"
@@ -24,6 +25,9 @@ UNREADABLE = (
     TypeError,
 )
 """Errors that PyTorch raises for a file that is not a checkpoint."""
+NO_WEIGHTS_YET = (
+    "the run has no weights yet, so wait for its first checkpoint, or resume it if it was stopped"
+)
 PREFIX = "network."
 """Prefix of the names of the network's weights in a checkpoint."""
 
@@ -38,11 +42,25 @@ def checkpoint_path(folder: Path, checkpoint: str) -> Path:
         raise ModelError(f"checkpoint: expected 'best' or 'last', found {checkpoint!r}; use one")
     path = folder.parent / f"{checkpoint}.ckpt"
     if not path.is_file():
-        raise ModelError(
-            f"{folder.parent}: expected {path.name}, found none; choose a run that has validated "
-            "at least once, or leave out the checkpoint"
+        advice = (
+            "choose a run that has validated at least once, or leave out the checkpoint"
+            if (folder / WEIGHTS).is_file()
+            else NO_WEIGHTS_YET
         )
+        raise ModelError(f"{folder.parent}: expected {path.name}, found none; {advice}")
     return path
+
+
+def advice_without_weights(runs: Sequence[Path]) -> str | None:
+    """What to do about runs that have no final weights yet; None if none of them is a run."""
+    begun = [
+        name
+        for name in get_args(Checkpoint)
+        if any((run / f"{name}.ckpt").is_file() for run in runs)
+    ]
+    if begun:
+        return f"the run has not ended, so ask for its checkpoint: {' or '.join(begun)}"
+    return NO_WEIGHTS_YET if any((run / CONFIG).is_file() for run in runs) else None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -24,7 +24,12 @@ from segkit.io.checksums import checksum
 from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json_object
 from segkit.model.build import build_network, weight_shapes, wrap_network
-from segkit.model.checkpoint import checkpoint_path, read_checkpoint, weights_of_network
+from segkit.model.checkpoint import (
+    advice_without_weights,
+    checkpoint_path,
+    read_checkpoint,
+    weights_of_network,
+)
 from segkit.model.fetch_model import fetch_model
 from segkit.model.file_names import DESCRIPTION, FIRST, FOLD, SUMMARY, WEIGHTS
 from segkit.nn.network import SegmentationNetwork, weights_of
@@ -238,11 +243,18 @@ def _with_weights(
     first: tuple[Model, ...],
     module: nn.Module | None = None,
 ) -> Model:
+    """A model with the weights in its folder. Raises ModelError.
+
+    Args:
+        folder: the model folder.
+        description: the description of the model.
+        first: the models of its first stage.
+        module: the user's own module, if the network is one.
+    """
     source = folder / WEIGHTS
     if not source.is_file():
-        begun = [name for name in ("best", "last") if (folder.parent / f"{name}.ckpt").is_file()]
-        advice = f"; the run has not ended, so ask for its checkpoint: {' or '.join(begun)}"
-        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none{advice if begun else ''}")
+        advice = advice_without_weights([folder.parent]) or "copy the whole folder again"
+        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none; {advice}")
     try:
         # Names and shapes are compared with the header of the file before memory is allocated, so
         # that neither the network nor the weights can be larger than the file.
@@ -340,9 +352,14 @@ def model_folders(path: str | Path, checkpoint: str | None = None) -> tuple[Path
         if (description.parents[1] / file).is_file()
     ]
     if not folds:
+        if checkpoint is not None and any(path.glob(f"{FOLD}*/model/{WEIGHTS}")):
+            raise ModelError(
+                f"{path}: expected {file} in its folds, found none; leave out the checkpoint"
+            )
+        runs = [path, *sorted(path.glob(f"{FOLD}*"))]
         raise ModelError(
-            f"{path}: expected a run or a model folder with {DESCRIPTION}, found neither; name "
-            f"another path"
+            f"{path}: expected a run or a model folder with {DESCRIPTION}, found neither; "
+            f"{advice_without_weights(runs) or 'name another path'}"
         )
     return tuple(description.parent for description in folds)
 

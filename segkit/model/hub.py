@@ -120,6 +120,7 @@ def _is_of_model(path: str) -> bool:
 
 
 def _download(address: HubAddress, commit: str, files: Sequence[HubFile], folder: Path) -> None:
+    """Download files of a repository into a folder, and check each of them. Raises ModelError."""
     free = shutil.disk_usage(folder).free
     if sum(file.size for file in files) > free:
         raise ModelError(

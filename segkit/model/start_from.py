@@ -35,7 +35,7 @@ class TakenOver:
     """For each channel of the image, the origin of its kernels in the first layer; empty if the
     first layer was copied as it is, or begins anew."""
     anew: tuple[str, ...] = ()
-    """Names of the weights that begin anew."""
+    """Names of the weights that are not copied."""
 
     @property
     def told(self) -> str:

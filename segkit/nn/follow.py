@@ -37,7 +37,7 @@ class Followed:
     axes: tuple[int, ...]
     """The tensor's axis along each axis of space; a single one if the cells are tokens."""
     depth: int
-    """Number of convolutions and the like between it and the input."""
+    """Number of layers, such as convolutions, between it and the input."""
 
     @property
     def tokens(self) -> bool:
@@ -138,6 +138,7 @@ def _kept(
 def _argument(
     args: Sequence[Any], named: Mapping[str, Any], place: int, name: str, default: Any
 ) -> Any:
+    """An argument of a call, by its position or its name; the default if it is not given."""
     value = named.get(name, args[place] if place < len(args) else default)
     return default if value is None else value
 

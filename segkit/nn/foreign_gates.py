@@ -169,7 +169,7 @@ class FoundJoin:
     """Placement of the skip; None if it could not be followed."""
     arguments: GatedArgument | None = None
     before: str = ""
-    """The transposed convolution, of a concatenation."""
+    """Name of the transposed convolution, if the form is a concatenation."""
 
 
 def gate(
@@ -196,7 +196,7 @@ def gate(
         image: an input, (batch, channel, *space); the network runs once. Its sizes are multiples of
             the network's strides.
         skips: names (`named_modules`) of the modules in which skips join the decoder. If None, all
-            but that of the finest level, as in the paper; the only one if there is one.
+            but those of the finest level, as in the paper; all if there is no other level.
         placements: positions of the features of skips, in voxels of the input, by the name of the
             module; only for features that cannot be followed through the layers.
 
@@ -221,7 +221,8 @@ def gate(
             "is called with coarse features and a skip, MONAI's SkipConnection (by "
             "concatenation), or a decoder with the lists transpconvs and stages, as in nnU-Net"
         )
-    wanted = names[1:] or names if skips is None else list(skips)
+    coarser = [join.module for join in joins if join.cells != joins[0].cells]
+    wanted = (coarser or names) if skips is None else list(skips)
     if unknown := sorted(set(wanted) - set(names)):
         raise ModelError(
             f"skips: expected names of skip connections ({', '.join(names)}), found "
@@ -291,6 +292,15 @@ def _concatenations(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 def _concatenated(
     name: str, both: Tensor, signal: Tensor, upsampled: int, follower: Follower
 ) -> FoundJoin:
+    """The join of nnU-Net's form, from a call of its convolutions.
+
+    Args:
+        name: name of the convolutions.
+        both: their input: the upsampled features and then the skip.
+        signal: the input of the transposed convolution.
+        upsampled: number of channels of the upsampled features.
+        follower: knows the positions of features.
+    """
     followed = follower.of(both)
     return FoundJoin(
         name,
@@ -310,6 +320,7 @@ def _with_before(join: FoundJoin, before: str) -> FoundJoin:
 def _connected(
     name: str, args: tuple[Any, ...], output: Any, follower: Follower
 ) -> FoundJoin | None:
+    """The join of a `SkipConnection`, from its call; None if it does not concatenate."""
     skip = args[0]
     if not isinstance(output, Tensor) or output.shape[2:] != skip.shape[2:]:
         return None
@@ -331,6 +342,7 @@ def _called(
     follower: Follower,
     ndim: int,
 ) -> FoundJoin | None:
+    """The join of a module that is called with coarse features and a skip, or None."""
     try:
         bound = inspect.signature(module.forward).bind(*args, **named).arguments
     except (TypeError, ValueError):  # a module without a signature cannot be a join

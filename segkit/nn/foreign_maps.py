@@ -181,6 +181,14 @@ def record(
 
 
 def _check(name: str, module: nn.Module, seen: Sequence[Seen], fused: set[str]) -> None:
+    """Raise ModelError if the maps of a module cannot be recorded.
+
+    Args:
+        name: name of the module.
+        module: the module.
+        seen: the runs of the module.
+        fused: names of the modules that computed fused attention.
+    """
     kind = type(module).__name__
     if not isinstance(module, Readable):
         if name in fused:

@@ -12,7 +12,8 @@ from segkit.nn.transformer import LayerScale
 LOCAL_SIZE = 5
 DISTANT_SIZE = 7
 DILATION = 3
-"""A kernel of 21 cells by one of 2 * 3 - 1 = 5 and one of 21 / 3 = 7 that takes each third cell."""
+"""A kernel of 21 cells is replaced by one of 2 * 3 - 1 = 5 cells, and one of 21 / 3 = 7 cells that
+are 3 apart."""
 
 
 class LargeKernelAttention(nn.Module):

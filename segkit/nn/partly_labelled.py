@@ -78,6 +78,7 @@ class PartlyLabelled:
     def _known_regions(
         self, levels: Sequence[Tensor], presence: Tensor | None, label: Tensor, hidden: Tensor
     ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor]:
+        """The result of `known` for regions; `hidden` is True for unlabelled outputs."""
         found = []
         for level in levels:
             small = shrunk(label, level.shape[2:])

@@ -40,9 +40,11 @@ def plan_candidates(
 
     The others are a 2D plan (3D if the first is 2D), a plan on a coarser grid, and a plan with more
     steps of a narrower network, if they differ from the first. If the budget is not time, there is
-    only the first. `starters` gets the names and gives those to plan in full, which takes seconds.
+    only the first. Other arguments and errors are those of `plan_dataset`.
 
-    Arguments and errors are those of `plan_dataset`.
+    Args:
+        starters: chooses, from the names of all candidates, those that are planned in full, which
+            takes seconds for each.
     """
     task = planning_task(
         source_of(folder, files, pictures),

@@ -88,8 +88,8 @@ def plan_dataset(
             does in the minutes, by an estimate; the run measures its real speed.
         spatial_dims: 3 for volumes, 2 for slices. Default: 2 only if each case is one slice.
         gigabytes: memory of the device, in 10⁹ bytes. Default: the free memory of the GPU, or 8.
-        minutes: time for training on this machine; two stages share it.
-        preset: 'nnunet' gives nnU-Net's own plan and schedule on every device.
+        minutes: time for training on this machine, in minutes; two stages share it.
+        preset: 'auto', or 'nnunet' for nnU-Net's own plan and schedule on every device.
         runs: the folder of runs, in which a second stage will find the first.
         track: shows the progress over cases.
 
@@ -100,6 +100,7 @@ def plan_dataset(
     Raises:
         DatasetError: the dataset's files do not fit together, or its cases have fewer axes than
             the plan.
+        ConfigError: the settings of the dataset are wrong.
         VolumeError: a file cannot be read.
         WorkerError: a process that measured cases was killed.
 

@@ -36,10 +36,6 @@ class CoreShare:
             waited += waiting - earlier[1]
         return ran / (ran + waited) if ran > 0 else 1.0
 
-    def is_busy(self) -> bool:
-        """Whether other programs used the cores."""
-        return self.share() < FREE
-
 
 def _times() -> Iterator[tuple[str, tuple[int, int]]]:
     """For each thread, nanoseconds that it ran and that it waited for a core, since it started."""

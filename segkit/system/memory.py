@@ -18,8 +18,8 @@ class GroupFiles(NamedTuple):
     used: str
     """The file with the memory that the group uses, including cached files, which can be freed."""
     held: tuple[str, ...]
-    """Lines of `memory.stat` with what cannot be dropped: memory of the group's processes, shared
-    memory, and what the system itself holds for them."""
+    """Lines of `memory.stat` with memory that cannot be freed: that of the group's processes,
+    shared memory, and memory that the system itself uses for them."""
 
 
 GROUP_FILES = {

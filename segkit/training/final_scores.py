@@ -33,7 +33,7 @@ from segkit.training.time_budget import TimeBudget
 logger = logging.getLogger(__name__)
 
 LONG_SCORING = 60.0
-"""If a timed run's final scores would take so many seconds in PyTorch, another engine pays."""
+"""If a timed run's final scores would take so many seconds in PyTorch, another engine is faster."""
 
 
 def score(

@@ -58,8 +58,11 @@ class Run:
     """
 
     folder: Path
+    """The folder of the run."""
     summary: Mapping[str, Any]
+    """Steps, seconds, versions and, under `validation`, the Dice of the held-out cases."""
     model: Model
+    """The trained model, on the CPU."""
 
 
 def train(
@@ -91,8 +94,10 @@ def train(
         ConfigError: the config does not fit the dataset or this machine, or it was trained with
             parts that were replaced from Python.
         DatasetError: a case cannot be read or used.
+        VolumeError: a file of a case is missing or damaged.
         ModelError: the network or a model that the config names cannot be used.
         TrainingError: the loss is NaN or infinite, or the device's memory is too small.
+        WorkerError: a process that prepares cases or loads patches was killed.
 
     Example:
         >>> run = segkit.train(segkit.load_config("my_dataset.yaml"))
@@ -122,9 +127,11 @@ def fit(
         same weights, and only the first one has a summary.
 
     Raises:
-        ConfigError: the parts do not fit one another or this machine; no folder is left then.
+        ConfigError: the parts do not fit one another or this machine. The run's folder is then
+            removed.
         ModelError: a replaced network does not fit the description.
         TrainingError: the loss is NaN or infinite, or the device's memory is too small.
+        WorkerError: a process that loads patches was killed.
 
     Example:
         >>> parts = segkit.prepare(config)
@@ -191,7 +198,17 @@ def trained(
     checkpoint: Path | None,
     track: Track,
 ) -> Run:
-    """Train, from a checkpoint if there is one, and write the results into the run's folder."""
+    """Train, from a checkpoint if there is one, and write the results into the run's folder.
+
+    Args:
+        parts: the parts of the training.
+        config: the resolved config.
+        module: the module that Lightning trains.
+        trainer: Lightning's trainer.
+        folder: the folder of the run.
+        checkpoint: the checkpoint to continue from; None for a new run.
+        track: shows the progress over cases.
+    """
     split, network = parts.split, module.network
     logger.info("%s: %d training cases, %d held out", folder, len(split.train), len(split.held_out))
     logger.info("%s", config.data.mirrored_because(list(parts.dataset.labels)))

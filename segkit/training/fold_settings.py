@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from segkit.config.load import load_config
+from segkit.config.load import changed, load_config
 from segkit.config.training import Config
 from segkit.errors import ConfigError, first_few
 from segkit.model.file_names import CONFIG, SUMMARY
@@ -21,6 +21,7 @@ from segkit.training.changed_settings import (
     is_one_of,
 )
 from segkit.training.run_folder import checkpoint_of, read_record
+from segkit.training.unused_settings import refuse_unused
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ def check_new_settings(
         return
     done = [read_record(run)[1] for run in trained.values()]
     check_changes(source, found, max(done, default=0))
+    refuse_unused(source, found, after, held_out=True)
     others = [each for each in found if not is_one_of(each[0], SHOWN | OF_THE_MACHINE)]
     if not others or not finished:
         return
@@ -168,4 +170,4 @@ def is_done(run: Path, overrides: Sequence[str]) -> bool:
     if not any(override.startswith("train.steps=") for override in overrides):
         return True
     config = load_config(run / CONFIG)
-    return load_config(run / CONFIG, overrides).train.steps <= config.train.steps
+    return changed(config, overrides).train.steps <= config.train.steps

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.data.dataset import CaseFiles, Dataset
-from segkit.errors import ConfigError, DatasetError, counted
+from segkit.errors import ConfigError, DatasetError
 from segkit.io.safe_text import read_json_object
 from segkit.training.parts import TrainingParts
 from segkit.training.split import Split
@@ -98,8 +98,8 @@ def kept_split(dataset: Dataset, names: SplitNames, source: Path) -> Split:
         gone = [name for name in names[part] if name not in here]
         if gone and len(gone) == len(names[part]):
             raise DatasetError(
-                f"{dataset.folder}: contains none of the {counted(len(gone), f'{kind} case')} of "
-                f"{source}; check data.folder, or start a new run"
+                f"{dataset.folder}: expected the {kind} cases of {source} ({case_names(gone)}), "
+                f"found none of them; check data.folder, or start a new run"
             )
         if gone:
             logger.warning(

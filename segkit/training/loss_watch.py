@@ -10,7 +10,7 @@ from torch import Tensor
 from segkit.errors import TrainingError
 
 MOST_PENDING = 50
-"""A loss that has not arrived after so many steps is waited for; this limits the delay."""
+"""Largest number of steps by which a loss may be late; then the check waits for it."""
 
 
 @dataclass

@@ -258,6 +258,7 @@ def _absolute(model: Path) -> Path:
 def _data(
     config: DataConfig, dataset: Dataset, split: Split, runs: Path, track: Track
 ) -> DataConfig:
+    """The section `data` with a value for every setting."""
     spacing = config.spacing or median_spacing(
         [grid_of_case(case, dataset) for case in split.train]
     )

@@ -1,4 +1,4 @@
-"""Continuing of a stopped run from its last checkpoint.
+"""A stopped run continues from its last checkpoint.
 
 Patches, augmentation and noise depend only on the seed and the step. So a run that is resumed ends
 with the same weights as a run that was never stopped.
@@ -57,6 +57,7 @@ from segkit.training.run_folder import (
     read_record,
 )
 from segkit.training.trainer import determinism_as_before, make_trainer, steps_between
+from segkit.training.unused_settings import refuse_unused
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +121,10 @@ def resume(
         if finished:
             _check_more_to_do(folder, config, begun, steps_done)
         source = str(folder / CONFIG)
-        check_changes(source, asked_changes(begun, config), steps_done)
+        wanted = list(asked_changes(begun, config))
+        check_changes(source, wanted, steps_done)
         names = _split_of_run(folder, record)
+        refuse_unused(source, wanted, config, held_out=names is None or bool(names["held_out"]))
         if drawn_again := checkpoint is None and split_is_edited(folder, config):
             logger.info("%s: nothing is trained yet; the split is drawn again", folder)
             names = None
@@ -208,7 +211,14 @@ def _split_of_run(folder: Path, record: Mapping[str, Any]) -> SplitNames | None:
 def _check_more_to_do(
     folder: Path, config: Config, before: Mapping[str, Any], steps_done: int
 ) -> None:
-    """Raise ConfigError unless a finished run was given more steps."""
+    """Raise ConfigError unless a finished run was given more steps.
+
+    Args:
+        folder: the folder of the run.
+        config: the config now.
+        before: the config in the last checkpoint.
+        steps_done: number of steps that the run has done.
+    """
     given = {
         "train.steps": config.train.steps > steps_done,
         "train.patience": config.train.patience != before.get("train", {}).get("patience"),

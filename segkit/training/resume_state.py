@@ -27,7 +27,16 @@ def record_of(
     step: int = 0,
     names: SplitNames | None = None,
 ) -> dict[str, Any]:
-    """The record of a run for its checkpoints: settings, split, and settings that were changed."""
+    """The record of a run for its checkpoints: settings, split, and settings that were changed.
+
+    Args:
+        parts: the parts of the training.
+        config: the resolved config.
+        before: the record so far; empty for a new run.
+        found: the settings that change now.
+        step: the step from which on they apply.
+        names: the split that the run keeps; by default that of the parts.
+    """
     changed = [
         {"step": step, "setting": key, "before": old, "after": new} for key, old, new in found
     ]

@@ -43,7 +43,7 @@ SLOWER, FASTER = 0.8, 1.5
 """A run differs from its plan if it will do less than the first, or more than the second, of these
 shares of the planned steps."""
 KNOWN_AFTER, FEWEST_KNOWN = 0.05, 5
-"""The pace is known after this share of the time for steps, and this number of steps."""
+"""The speed is known after this share of the time for steps, and this number of steps."""
 
 
 @dataclass
@@ -247,8 +247,8 @@ def slower_than_planned(budget: TimeBudget, share: float = 1.0) -> str:
     elif load > cores + 1:
         reason = f"other programs use the cores (load {load:.1f} on {cores})"
     return (
-        f"a step takes {budget.per_step:.2g} s instead of the planned {planned:.2g} s (its share "
-        f"of all other work included): {reason}; {end}"
+        f"a step takes {budget.per_step:.2g} s, and the plan has {planned:.2g} s for a step and "
+        f"its share of all other work: {reason}; {end}"
     )
 
 

@@ -73,6 +73,12 @@ def make_trainer(
     metrics, every = metrics_of(folder), steps_between(config)
     looked = cases_per_validation(parts, config)
     validated = looked > 0
+    if config.train.patience is not None and not parts.validation.cases:
+        raise ConfigError(
+            f"train.patience is {config.train.patience}, but no case is held out, so there is no "
+            f"validation that it could count; hold out a case (data.validation), or remove "
+            f"train.patience"
+        )
     try:
         trainer = L.Trainer(
             **config.trainer.model_dump(exclude={"loggers", "deterministic", "compile"}),
@@ -166,6 +172,7 @@ def guarded(config: Config, device: torch.device) -> Iterator[None]:
 def _callbacks(
     parts: TrainingParts, config: Config, folder: Path, validated: bool
 ) -> list[Callback]:
+    """The callbacks of a training, in their order."""
     watched = f"validation/{parts.validation.measure}"
     average = config.train.averaging
     found: list[Callback] = [

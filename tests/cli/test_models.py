@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from segkit.cli.models import find_models
+from segkit.errors import ModelError
 from segkit.io.volume import read_volume
 from tests.cli.command import run
 from tests.hub import Hub, file_server
@@ -33,7 +34,8 @@ def test_a_model_predicts_the_same_wherever_it_lies(
     archive = zipped(finished, tmp_path / "run.zip")
     with file_server({"/run.zip": archive.read_bytes()}) as (url, _):
         found = {}
-        for number, model in enumerate([str(finished), "hf:clinic/balls", f"{url}/run.zip"]):
+        fetched = ("hf:clinic/balls", f"{url}/run.zip", str(archive))
+        for number, model in enumerate((str(finished), *fetched)):
             out = tmp_path / f"{number}.nii.gz"
             words = ("--out", out, "--engine", "torch", "--model", model)
             code, said, err = run("predict", scan, *words, capsys=capsys)
@@ -42,6 +44,8 @@ def test_a_model_predicts_the_same_wherever_it_lies(
     first, _ = found[str(finished)]
     assert all(np.array_equal(labels, first) for labels, _ in found.values())
     assert f"hf:clinic/balls: version {commit}" in found["hf:clinic/balls"][1]
+    for model in fetched:
+        assert f"model: {model}" in found[model][1], "and not the path of its cache"
 
 
 def test_the_variable_holds_addresses_too(
@@ -111,5 +115,19 @@ def test_a_fetched_model_can_be_carried_to_another_machine(
     assert code == 2 and "balls: exists already" in err
     hub.put("clinic/balls", hub.files("clinic/balls") | {"SHA256SUMS": b""})
     assert run("fetch", "hf:clinic/balls", capsys=capsys)[0] == 0
-    (folder,) = find_models(["hf:clinic/balls"])
-    assert folder.name != commit, "fetch asks for the newest version"
+    ((found,),) = find_models(["hf:clinic/balls"])
+    assert found.root.name != commit, "fetch asks for the newest version"
+
+
+def test_models_of_a_zip_are_told_by_its_name(finished: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "cv.zip", "w") as archive:
+        for file in sorted((finished / "model").iterdir()):
+            archive.write(file, f"cv/fold_0/model/{file.name}")
+            archive.write(file, f"cv/fold_1/model/{file.name}")
+    (folds,) = find_models([str(tmp_path / "cv.zip")])
+    assert [str(each) for each in folds] == [f"{tmp_path}/cv.zip (fold_{n})" for n in (0, 1)]
+    with pytest.raises(ModelError, match=rf"^{tmp_path}/cv\.zip: expected best\.ckpt in its folds"):
+        find_models([str(tmp_path / "cv.zip")], "best")
+    (folds[0].folder / "model.json").write_text("{}")
+    with pytest.raises(ModelError, match=rf"^{tmp_path}/cv\.zip/fold_0/model/model\.json: "):
+        folds[0].load()

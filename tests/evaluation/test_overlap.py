@@ -31,6 +31,11 @@ def brute_force(prediction: Tensor, reference: Tensor, num_classes: int) -> Tens
     return torch.from_numpy(expected)
 
 
+def by_class(confusion: Tensor) -> Overlap:
+    """The overlap of each class alone."""
+    return Overlap.of_groups(confusion, [(number,) for number in range(len(confusion))])
+
+
 @settings(deadline=None, max_examples=60)
 @given(label_pairs())
 def test_the_confusion_matrix_counts_each_pair_of_labels(pair: tuple[Tensor, Tensor, int]) -> None:
@@ -46,7 +51,7 @@ def test_swapping_the_images_transposes_the_matrix_and_keeps_the_scores(
     forward = confusion_matrix(prediction, reference, num_classes)
     backward = confusion_matrix(reference, prediction, num_classes)
     assert_close(forward, backward.T, rtol=0, atol=0)
-    one, other = Overlap.from_confusion(forward), Overlap.from_confusion(backward)
+    one, other = by_class(forward), by_class(backward)
     assert_close(one.false_positive, other.false_negative, rtol=0, atol=0)
     assert_close(one.dice, other.dice, rtol=0, atol=0, equal_nan=True)
     assert_close(one.iou, other.iou, rtol=0, atol=0, equal_nan=True)
@@ -55,7 +60,7 @@ def test_swapping_the_images_transposes_the_matrix_and_keeps_the_scores(
 @settings(deadline=None, max_examples=30)
 @given(label_pairs())
 def test_dice_follows_from_iou(pair: tuple[Tensor, Tensor, int]) -> None:
-    overlap = Overlap.from_confusion(confusion_matrix(*pair))
+    overlap = by_class(confusion_matrix(*pair))
     assert_close(overlap.dice, 2 * overlap.iou / (1 + overlap.iou), equal_nan=True)
 
 
@@ -66,12 +71,13 @@ def test_the_matrices_of_a_batch_add_to_the_matrix_of_the_whole() -> None:
     assert_close(torch.stack(parts).sum(0), confusion_matrix(prediction, reference, 4))
 
 
-def test_a_stack_of_matrices_scores_each_of_them() -> None:
+def test_a_matrix_scores_each_class() -> None:
     matrices = torch.tensor([[[3, 1], [2, 4]], [[0, 0], [5, 0]]])
     # Of the first: class 0 has TP 3, FP 2, FN 1 and class 1 has TP 4, FP 1, FN 2.
     # Of the second: class 1 is always taken for class 0, so both have nothing right.
     expected = torch.tensor([[6 / 9, 8 / 11], [0, 0]], dtype=torch.float64)
-    assert_close(Overlap.from_confusion(matrices).dice, expected)
+    found = torch.stack([by_class(matrix).dice for matrix in matrices])
+    assert_close(found, expected)
 
 
 def test_one_case_has_the_scores_worked_out_by_hand() -> None:
@@ -80,7 +86,7 @@ def test_one_case_has_the_scores_worked_out_by_hand() -> None:
     matrix = confusion_matrix(prediction, reference, 5)
     expected = [[2, 1, 0, 0, 0], [1, 3, 0, 0, 0], [0, 0, 0, 1, 0], [0] * 5, [0] * 5]
     assert matrix.tolist() == expected
-    overlap = Overlap.from_confusion(matrix)
+    overlap = by_class(matrix)
     assert overlap.true_positive.tolist() == [2, 3, 0, 0, 0]
     assert overlap.false_positive.tolist() == [1, 1, 0, 1, 0]
     assert overlap.false_negative.tolist() == [1, 1, 1, 0, 0]
@@ -91,12 +97,12 @@ def test_one_case_has_the_scores_worked_out_by_hand() -> None:
 
 def test_counts_beyond_the_precision_of_float32_keep_their_last_voxel() -> None:
     matrix = torch.tensor([[0, 1], [0, 2**24]])
-    assert Overlap.from_confusion(matrix).dice[1].item() == 2**25 / (2**25 + 1) < 1
+    assert by_class(matrix).dice[1].item() == 2**25 / (2**25 + 1) < 1
 
 
 def test_an_image_against_itself_scores_one() -> None:
     labels = torch.arange(3).repeat(7)
-    overlap = Overlap.from_confusion(confusion_matrix(labels, labels, 3))
+    overlap = by_class(confusion_matrix(labels, labels, 3))
     assert overlap.dice.tolist() == overlap.iou.tolist() == [1, 1, 1]
 
 
@@ -126,27 +132,26 @@ def test_dice_and_iou_equal_monai(shape: tuple[int, ...]) -> None:
     # the reference is not compared, since MONAI leaves it undefined even with false positives.
     prediction[0][prediction[0] == 2] = 1
     matrices = [confusion_matrix(p, r, 4) for p, r in zip(prediction, reference, strict=True)]
-    ours = Overlap.from_confusion(torch.stack(matrices))
-    assert ours.dice[0, 2] == 0
+    ours = [by_class(matrix) for matrix in matrices]
+    assert ours[0].dice[2] == 0
     one_hot = [
         torch.nn.functional.one_hot(labels, 4).movedim(-1, 1) for labels in (prediction, reference)
     ]
     dice, iou = metrics.compute_dice(*one_hot), metrics.compute_iou(*one_hot)
-    assert_close(ours.dice, dice.double(), rtol=0, atol=1e-5)
-    assert_close(ours.iou, iou.double(), rtol=0, atol=1e-5)
+    found = [torch.stack([getattr(one, name) for one in ours]) for name in ("dice", "iou")]
+    assert_close(found, [dice.double(), iou.double()], rtol=0, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=30)
 @given(label_pairs())
-def test_groups_of_one_label_each_overlap_as_the_labels_do(
+def test_groups_of_one_label_each_count_the_rows_and_columns_of_the_matrix(
     pair: tuple[Tensor, Tensor, int],
 ) -> None:
     matrix = confusion_matrix(*pair)
-    groups = Overlap.of_groups(matrix, [(number,) for number in range(pair[2])])
-    alone = Overlap.from_confusion(matrix)
-    assert torch.equal(groups.true_positive, alone.true_positive)
-    assert torch.equal(groups.false_positive, alone.false_positive)
-    assert torch.equal(groups.false_negative, alone.false_negative)
+    groups, right = by_class(matrix), matrix.diagonal()
+    assert torch.equal(groups.true_positive, right)
+    assert torch.equal(groups.false_positive, matrix.sum(dim=0) - right)
+    assert torch.equal(groups.false_negative, matrix.sum(dim=1) - right)
 
 
 def test_groups_that_share_labels_have_the_overlap_of_their_masks() -> None:

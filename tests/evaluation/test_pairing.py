@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 
 import segkit
-from segkit.evaluation.pairing import find_pairs
+from segkit.evaluation.pairing import Pairing, pair_with
+from segkit.evaluation.references import references_in
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, write_volume
 from segkit.io.volume_names import stem_of
 from tests.small import small_dataset
+
+
+def find_pairs(predictions: Path, references: Path) -> Pairing:
+    """The pairs of a prediction and a reference, as `evaluate` finds them."""
+    return pair_with(predictions, references_in(references, but=predictions), references)
 
 
 def touched(folder: Path, *names: str) -> Path:

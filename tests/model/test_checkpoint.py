@@ -23,7 +23,7 @@ from segkit import (
     read_labels,
     read_volume,
 )
-from segkit.model.folder import newest_model
+from segkit.model.folder import model_folders, newest_model
 from segkit.nn.network import weights_of
 from tests.cli.command import run as run_command
 from tests.small import small_config, small_dataset
@@ -106,8 +106,31 @@ def test_the_description_is_there_before_the_first_step(dataset: Path, tmp_path:
     with pytest.raises(StoppedError):
         trained(dataset, tmp_path, Scripted(), [StopAfter(1)], steps=4, validate_every=4)
     assert (tmp_path / "small" / "model" / "model.json").is_file()
-    with pytest.raises(ModelError, match=r"expected best.ckpt, found none; choose a run that has"):
-        load_model(tmp_path / "small", checkpoint="best")
+    run, yet = tmp_path / "small", "no weights yet, so wait for its first checkpoint, or resume it"
+    with pytest.raises(ModelError, match=rf"expected best\.ckpt, found none; the run has {yet}"):
+        load_model(run, checkpoint="best")
+    with pytest.raises(ModelError, match=rf"weights\.safetensors in it, found none; .*{yet}"):
+        load_model(run)
+    (run / "model" / "model.json").unlink()
+    for checkpoint in ("best", "last", None):
+        with pytest.raises(ModelError, match=rf"small: expected a run or .*; the run has {yet}"):
+            load_model(run, checkpoint=checkpoint)
+
+
+def test_folds_that_are_not_finished_are_told_apart_from_none(tmp_path: Path) -> None:
+    fold = tmp_path / "cv" / "fold_0"
+    (fold / "model").mkdir(parents=True)
+    (fold / "model" / "model.json").write_text("{}")
+    (fold / "config.yaml").write_text("")
+    with pytest.raises(ModelError, match=r"cv: .*no weights yet, so wait for its first checkpoint"):
+        model_folders(tmp_path / "cv")
+    (fold / "last.ckpt").write_text("")
+    for checkpoint in (None, "best"):
+        with pytest.raises(ModelError, match=r"cv: .*not ended, so ask for its checkpoint: last$"):
+            model_folders(tmp_path / "cv", checkpoint)
+    (fold / "model" / "weights.safetensors").write_text("")
+    with pytest.raises(ModelError, match=r"cv: expected best\.ckpt in its folds, found none"):
+        model_folders(tmp_path / "cv", "best")
 
 
 def test_the_commands_take_a_checkpoint(

@@ -18,7 +18,8 @@ from segkit.config.training import Config
 from segkit.data.dataset_json import read_labelling
 from segkit.errors import ConfigError, ModelError
 from segkit.evaluation.evaluate import score_pairs
-from segkit.evaluation.pairing import find_pairs
+from segkit.evaluation.pairing import pair_with
+from segkit.evaluation.references import references_in
 from segkit.inference.engines.choose import choose_engine
 from segkit.inference.engines.torch_eager import TorchEngine
 from segkit.inference.predict_files import predict_files
@@ -99,7 +100,7 @@ def test_predictions_of_a_users_module_are_written_and_scored(tmp_path: Path) ->
     inputs = find_inputs([data / "imagesTr"], 1)
     outcomes = list(predict_files(Predictor(run.model), inputs, out=out))
     assert [outcome.error for outcome in outcomes] == [None] * 4
-    pairs = find_pairs(out, data / "labelsTr").pairs
+    pairs = pair_with(out, references_in(data / "labelsTr"), data / "labelsTr").pairs
     labelling = read_labelling(data / "dataset.json")
     rows, failures = score_pairs(pairs, labelling, tolerance_mm=1.0)
     scan = read_volume(inputs[0].files[0])

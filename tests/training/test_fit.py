@@ -106,7 +106,7 @@ def test_the_summary_is_what_the_saved_model_scores(dataset: Path, tmp_path: Pat
     predictor = Predictor(load_model(run.folder))
     predicted = predictor(read_volume(dataset / "imagesTr" / f"{name}.nii.gz")).labels.data
     matrix = confusion_matrix(torch.from_numpy(predicted), torch.from_numpy(label), 2)
-    expected = float(Overlap.from_confusion(matrix).dice[1])
+    expected = float(Overlap.of_groups(matrix, [[1]]).dice[0])
     assert 0 < expected <= 1
     assert scores["mean_dice"] == pytest.approx(expected, abs=1e-9)
 

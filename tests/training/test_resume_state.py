@@ -150,7 +150,9 @@ def test_files_are_compared_by_name_size_and_time_wherever_the_dataset_lies(
 def test_without_the_cases_that_were_held_out_a_run_does_not_go_on(tmp_path: Path) -> None:
     run = stopped(tmp_path)
     without(split_in(run)["held_out"][0], tmp_path / "data")
-    with pytest.raises(DatasetError, match=r"contains none of the 1 held-out case of .*small"):
+    with pytest.raises(
+        DatasetError, match=r"expected the held-out cases of .*small \(case_\d\), found none"
+    ):
         resume(run)
     assert not (run / "summary.json").exists()
 

@@ -335,6 +335,7 @@ def _target(
     output: str | None,
     quantity: Quantity,
 ) -> SummedOutput:
+    """The sums that are explained. The arguments are those of `attribute`."""
     member = predictor.members[0]
     labelling = member.model.description.labelling
     for name, known in [
@@ -343,7 +344,7 @@ def _target(
     ]:
         if name not in known:
             raise ModelError(f"expected one of {', '.join(known)}, found {name!r}; choose one")
-    labels = predictor(volume).labels if region is None else region.sized_as(volume)
+    labels = predictor(volume).labels if region is None else region.measured_as(volume)
     labels = labels.onto(volume.grid, what="the region", whose="the scan")
     try:
         numbers = prepare_label(volume_within(labels, labelling), prepared)
@@ -368,6 +369,7 @@ def _parts(
     supervoxels: Volume | None,
     cell_mm: float | None,
 ) -> Supervoxels:
+    """The parts that are replaced: the given supervoxels, or boxes. Raises VolumeError."""
     if supervoxels is not None:
         given = supervoxels.onto(volume.grid, what="supervoxels", whose="the scan").data
         turned = prepared.orientation.turn(given)[prepared.box]
@@ -401,6 +403,7 @@ def _of_parts(
     settings: AttributionSettings,
     track: Track,
 ) -> Float[ndarray, "structure part"]:
+    """The attribution of each part to each structure, by occlusion or KernelSHAP."""
     if method == "occlusion":
         return occlusion(target, image, baseline, parts, track=track)
     samples, seed = settings.samples, settings.seed

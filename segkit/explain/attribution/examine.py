@@ -101,6 +101,7 @@ def _deletion(
     seed: int,
     track: Track,
 ) -> dict[str, dict[str, DeletionCurve]]:
+    """Deletion curves of each attribution, by its key and by order."""
     member = predictor.members[0]
     volume = predictor.with_numbers(volume)
     prepared = predictor.prepare(volume)
@@ -147,6 +148,7 @@ def _randomisation(
     seed: int,
     track: Track,
 ) -> dict[str, list[float]]:
+    """Absolute rank correlations of attributions with those of networks with random weights."""
     model = predictor.members[0].model
     similar: dict[str, list[float]] = {key: [] for key in found}
     methods = {one.method: one.settings for one in found.values()}

@@ -252,6 +252,14 @@ def _figures(
     rank: Sequence[int],
     dice: Mapping[tuple[str, frozenset[int]], list[float]],
 ) -> PositionFigures:
+    """The figures of one position, from the Dice of all trials.
+
+    Args:
+        position: the position in the network.
+        importance: importance of each head.
+        rank: the heads, the most important first.
+        dice: Dice of each case, by position and by the heads that are kept.
+    """
     everyone = frozenset(rank)
     return PositionFigures(
         position,
@@ -376,7 +384,7 @@ def on_one_grid(case: LabelledCase, labelling: Labelling) -> ScoredVolume:
     """
     volume = case.volume
     name = f"{case.name}: its reference"
-    reference = case.reference.sized_as(volume).onto(volume.grid, what=name, whose="the volume")
+    reference = case.reference.measured_as(volume).onto(volume.grid, what=name, whose="the volume")
     try:
         numbers = volume_within(reference, labelling)
         return ScoredVolume(case.name, volume, numbers, case.unlabelled)

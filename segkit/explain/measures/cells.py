@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
 
-from segkit.geometry.grid import Grid, Orientation
+from segkit.geometry.grid import Grid, Orientation, are_sheared
 from segkit.io.volume import Volume
 
 
@@ -87,14 +87,31 @@ def pictures(scan: Volume, seen: Grid, channels: list[str]) -> Mapping[str, ndar
         values = np.array(parts[..., number], np.float32)
         named = f" of {channel}" if len(channels) > 1 else ""
         found[f"intensity{named}"] = values
-        found[f"gradient{named}"] = gradient_length(values, seen.spacing)
+        found[f"gradient{named}"] = gradient_length(values, seen.spacing, seen.directions)
     return found
 
 
 def gradient_length(
-    values: Float[ndarray, "x y z"], spacing: tuple[float, float, float]
+    values: Float[ndarray, "x y z"],
+    spacing: tuple[float, float, float],
+    directions: Float[ndarray, "axis world"] | None = None,
 ) -> Float[ndarray, "x y z"]:
-    """Gradient magnitude per mm, by central differences. Axes with one voxel are left out."""
+    """Gradient magnitude per mm, by central differences. Axes with one voxel are left out.
+
+    Args:
+        values: a value for each voxel.
+        spacing: distance between voxels along each axis, in mm.
+        directions: unit vector along each axis; at right angles if None. A slope along an axis is
+            the gradient in the world times this vector.
+    """
+    if directions is not None and are_sheared(directions):
+        axes = [axis for axis, size in enumerate(values.shape) if size > 1]
+        slopes = [np.gradient(values, spacing[axis], axis=axis) for axis in axes]
+        if not slopes:
+            return np.zeros_like(values)
+        in_world = np.linalg.pinv(directions[axes]).astype(values.dtype)
+        gradient: ndarray = np.linalg.norm(np.tensordot(in_world, np.stack(slopes), axes=1), axis=0)
+        return gradient
     squares = np.zeros_like(values)
     for axis, step in enumerate(spacing):
         if values.shape[axis] > 1:

@@ -119,6 +119,16 @@ def _measure(
     ignored: ndarray | None,
     tolerance_mm: float,
 ) -> list[Measure]:
+    """Measures of one map and of the baselines, on the map's cells.
+
+    Args:
+        key: the map's key.
+        one: the map.
+        baselines: intensity and gradient on the voxels that the network processed, by name.
+        structures: mask of each structure on the same voxels, by name.
+        ignored: mask of voxels that do not count, if there are any.
+        tolerance_mm: largest distance (mm) from a structure that still counts as pointing at it.
+    """
     assert one.volume is not None
     grid = one.volume.grid
     cells = Cells(grid, one.seen)
@@ -159,7 +169,8 @@ def _measure(
     for name, mask in structures.items():
         within = cells.mean(mask.astype(np.float32)) >= HALF
         within &= counted
-        inside, near = within[counted], near_structure(within, grid.spacing, tolerance_mm)[counted]
+        near = near_structure(within, grid.spacing, tolerance_mm, grid.directions)[counted]
+        inside = within[counted]
         add("map", name, localisation(values, inside, near))
         for baseline, ranked in {**magnitude, **others}.items():
             add(baseline, name, localisation(ranked, inside, near))

@@ -11,8 +11,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
 from scipy.ndimage import distance_transform_edt
+from scipy.spatial import KDTree
 
 from segkit.explain.measures.ranks import Ranked
+from segkit.geometry.grid import are_sheared
 
 NEAR_AN_END = 0.02
 """A value counts as saturated if it is this close to an end of the map's range."""
@@ -82,18 +84,28 @@ def pointing(ranked: Ranked, near: Inside) -> float:
 
 
 def near_structure(
-    inside: Bool[ndarray, "x y z"], spacing: tuple[float, float, float], tolerance_mm: float
+    inside: Bool[ndarray, "x y z"],
+    spacing: tuple[float, float, float],
+    tolerance_mm: float,
+    directions: Float[ndarray, "axis world"] | None = None,
 ) -> Bool[ndarray, "x y z"]:
     """The cells whose centre lies within a tolerance (mm) of the centre of a cell inside.
 
     Args:
         inside: the cells in the structure.
         spacing: distance between cells along each axis, in mm.
-        tolerance_mm: the largest distance, in mm.
+        tolerance_mm: the largest distance, in mm of the world.
+        directions: unit vector along each axis; at right angles if None.
     """
     if not inside.any():
         return np.zeros_like(inside)
-    distance: ndarray = distance_transform_edt(~inside, sampling=spacing)
+    if directions is not None and are_sheared(directions):
+        steps = np.array(spacing)[:, None] * directions
+        tree = KDTree(np.argwhere(inside) @ steps)
+        cells = np.argwhere(np.ones_like(inside)) @ steps
+        distance = np.asarray(tree.query(cells)[0]).reshape(inside.shape)
+    else:
+        distance = distance_transform_edt(~inside, sampling=spacing)
     return distance <= tolerance_mm + 1e-6
 
 

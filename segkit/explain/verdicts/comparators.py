@@ -120,7 +120,7 @@ def image_comparators(
             sizes = [min(count, size) for size in grid.shape]
             yield f"{name} averaged over {count} cells", uniform_filter(covered, sizes)
         for width in EDGE_WIDTHS:
-            edges = gradient_length(smoothed(covered, width), grid.spacing)
+            edges = gradient_length(smoothed(covered, width), grid.spacing, grid.directions)
             yield name.replace("intensity", "gradient") + _over(width), edges
         of = name.removeprefix("intensity")
         yield from _other_functions(of, image, cells, smoothed)

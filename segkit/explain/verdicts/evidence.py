@@ -414,6 +414,14 @@ class _MapGrid:
         draws: Mapping[str, CellValues3d],
         earlier: Sequence[CellValues3d],
     ) -> dict[str, Sequence[DeletionCurve]]:
+        """Deletion curves of each structure, by order.
+
+        Args:
+            values: the channel.
+            images: comparators from the scan's intensity.
+            draws: the same channel of untrained networks, by name.
+            earlier: the same channel in other scans.
+        """
         if not self.shared.agreement.structures:
             return {}
         known = np.isfinite(values)

@@ -326,6 +326,14 @@ def judge_blocks(rows: Sequence[Ablation]) -> list[BlockVerdict]:
 def _verdict(
     block: str, rows: Sequence[Ablation], p_values: Sequence[float], *, has_references: bool
 ) -> BlockVerdict:
+    """The verdict on one block.
+
+    Args:
+        block: its position, or 'all blocks'.
+        rows: mean Dice of each scan with and without the block.
+        p_values: corrected p values of needed, not needed and harmful.
+        has_references: whether the scans have references.
+    """
     words: tuple[BlockWord, ...] = ("needed", "not needed", "harmful")
     found = [word for word, p in zip(words, p_values, strict=True) if p <= SIGNIFICANT]
     word = (found or ["cannot tell"])[0] if has_references else None

@@ -137,6 +137,14 @@ def _judge_map(found: Sequence[Hypothesis], *, has_references: bool) -> list[Gat
 def _verdict(
     of: Hypothesis, word: VerdictWord | None, p_values: Mapping[str, float], num_tested: int
 ) -> GateVerdict:
+    """The verdict on one hypothesis, with its figures.
+
+    Args:
+        of: the hypothesis and its evidence.
+        word: the verdict; None without references.
+        p_values: the p values, by name.
+        num_tested: number of tests for which they were corrected.
+    """
     falls = of.contexts[0] if of.contexts else []
     low, high = mean_interval(falls)
     draws = of.draws()
@@ -202,7 +210,7 @@ def _reason(verdict: GateVerdict, of: Hypothesis) -> str:
 
 
 def _fall(lost: float) -> str:
-    """What happens to Dice, such as "falls by 0.020"."""
+    """The change of Dice in words, such as "falls by 0.020"."""
     return f"{'rises' if _rises(lost) else 'falls'} by {abs(lost):.3f}"
 
 

@@ -5,8 +5,8 @@
 
 The digest covers everything on which the files depend: other weights, another window size or
 another version have other files. The files are kept only in the user's own cache, never beside a
-model: a model from someone else could come with files that were not made from its weights, or with
-a graph that reads any file.
+model. Otherwise a model from someone else could come with files that were not made from its
+weights, or with a graph that reads any file.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from torch.export import ExportedProgram
 import segkit.nn
 from segkit.errors import ModelError
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, TorchEngine, run
-from segkit.io.folder_cache import cached_folder, find_cached, user_cache
+from segkit.io.folder_cache import cached_folder, user_cache
 from segkit.model.folder import Model
 from segkit.nn.map_tap import edited
 from segkit.nn.network import SegmentationNetwork, unet_of
@@ -145,11 +145,6 @@ class ConvertedEngine:
             for window in windows.split(1)
         ]
         return {name: torch.cat([outputs[n] for outputs in each]) for n, name in enumerate(names)}
-
-    def is_ready(self, windows: Float[Tensor, "batch channel x y z"]) -> bool:
-        """True if the network has already been converted for windows of this shape."""
-        shape = tuple(windows.shape[1:])
-        return shape in self.runs or find_cached(self._name(shape), self._folders()) is not None
 
     def _load(self, window: Tensor) -> RunGraph:
         name = self._name(tuple(window.shape[1:]))

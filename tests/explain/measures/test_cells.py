@@ -6,6 +6,7 @@ from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.explain.measures.cells import Cells, gradient_length, seen_part
+from segkit.geometry.grid import Grid
 from tests.explain.measures.test_measure_maps import map_of, pooled, scan_of
 
 
@@ -36,3 +37,16 @@ def test_a_gradient_is_per_millimetre() -> None:
     x, y, _ = np.meshgrid(np.arange(4.0), np.arange(5.0), [0.0], indexing="ij")
     slope = gradient_length(3 * x * 0.5 + 4 * y * 2.0, (0.5, 2.0, 7.0))
     assert_allclose(slope, 5)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 6), (4, 5, 1)])
+def test_a_gradient_on_leaning_axes_is_that_of_the_world(shape: tuple[int, int, int]) -> None:
+    """The image 3 x - 2 y + 6 z of the world has the gradient 7 everywhere.
+
+    One slice shows only the part in its plane, sqrt(3^2 + 2^2).
+    """
+    affine = np.array([[2.0, 0, 4, 5], [0, 2, 1, -7], [0, 0, 3, 9], [0, 0, 0, 1]])
+    grid = Grid(shape, affine)
+    values = grid.centres() @ [3.0, -2.0, 6.0]
+    found = gradient_length(values, grid.spacing, grid.directions)
+    assert_allclose(found, 7 if shape[2] > 1 else 13**0.5)

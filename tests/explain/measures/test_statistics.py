@@ -22,6 +22,7 @@ from segkit.explain.measures.statistics import (
     pointing,
     saturation,
 )
+from segkit.geometry.grid import Grid
 
 INSIDE = np.arange(20) % 5 == 0
 """4 cells of 20: p = 0.2."""
@@ -109,6 +110,30 @@ def test_a_tolerance_is_in_millimetres_along_every_axis() -> None:
         False,
     ]
     assert not near_structure(inside & False, (1.0, 1.0, 1.0), 9.0).any()
+
+
+def test_a_tolerance_on_leaning_axes_is_that_of_the_world() -> None:
+    """Slices 3 mm apart lean 4 mm aside, with pixels of 2 mm: (i, j, k) lies at (2i + 4k, 2j, 3k).
+
+    So the next slice's nearest cell is (-2, 0, 1), 3 mm away, and (0, 0, 1) is 5 mm away.
+    """
+    grid = Grid((5, 3, 3), np.array([[2.0, 0, 4, 0], [0, 2, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]]))
+    inside = np.zeros(grid.shape, bool)
+    inside[2, 1, 1] = True
+    near = near_structure(inside, grid.spacing, 3.0, grid.directions)
+    assert {tuple(cell) for cell in (np.argwhere(near) - [2, 1, 1]).tolist()} == {
+        (0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (1, 1, 0), (1, -1, 0),
+        (-1, 1, 0), (-1, -1, 0), (-2, 0, 1), (2, 0, -1),
+    }  # fmt: skip
+    apart = np.linalg.norm(grid.centres() - grid.centres()[2, 1, 1], axis=-1)
+    for tolerance in (2.0, 3.7, 5.0, 6.5):
+        near = near_structure(inside, grid.spacing, tolerance, grid.directions)
+        assert_array_equal(near, apart <= tolerance + 1e-6)
+    straight = Grid(grid.shape, np.diag([2.0, 2, 5, 1]))
+    assert_array_equal(
+        near_structure(inside, straight.spacing, 4.0, straight.directions),
+        near_structure(inside, straight.spacing, 4.0),
+    )
 
 
 def test_iou_takes_as_many_of_the_highest_cells_as_lie_inside_and_a_share_of_ties() -> None:

@@ -17,13 +17,18 @@ from segkit.inference.engines.converted import (
 from segkit.inference.engines.onnx import OnnxRuntime
 from segkit.inference.engines.openvino import OpenVino
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
-from segkit.io.folder_cache import MANIFEST, user_cache
+from segkit.io.folder_cache import MANIFEST, find_cached, user_cache
 from segkit.model.folder import load_model
 from segkit.nn.map_tap import editing
 from tests.engines import CPU, agrees, assert_agree, windows_of
 from tests.models import FAST, SLOW, model_of, saved
 
 ROOT = Path(__file__).parents[3]
+
+
+def is_kept(engine: ConvertedEngine, windows: torch.Tensor) -> bool:
+    """Whether a conversion for windows of this shape is stored and may be used."""
+    return find_cached(engine._name(tuple(windows.shape[1:])), engine._folders()) is not None
 
 
 @pytest.mark.parametrize("family", FAST)
@@ -83,7 +88,7 @@ def test_a_conversion_that_cannot_be_kept_is_made_each_time(
     with caplog.at_level(logging.INFO):
         assert_agree(ConvertedEngine(model, OnnxRuntime()), model, windows_of(3))
     assert "cannot be written" in caplog.text
-    assert not ConvertedEngine(model, OnnxRuntime()).is_ready(windows_of(3))
+    assert not is_kept(ConvertedEngine(model, OnnxRuntime()), windows_of(3))
 
 
 def test_nothing_beside_a_model_is_taken_for_its_conversion(
@@ -98,7 +103,7 @@ def test_nothing_beside_a_model_is_taken_for_its_conversion(
     for place in (tmp_path / "model" / ENGINES_FOLDER, user_cache() / ENGINES_FOLDER):
         shutil.copytree(foreign, place / name)
     engine = ConvertedEngine(model, OpenVino())
-    assert not engine.is_ready(batch)
+    assert not is_kept(engine, batch)
     assert_agree(engine, model, batch)
     assert len(conversions) == 2
 
@@ -136,5 +141,5 @@ def test_a_damaged_conversion_is_made_again(
     assert len(conversions) == 2
     assert "is damaged and is made again" in caplog.text
     (folder / MANIFEST).write_text("{}")
-    assert not ConvertedEngine(model, OpenVino()).is_ready(batch[:, :, :4])
-    assert not ConvertedEngine(model, OpenVino()).is_ready(batch)
+    assert not is_kept(ConvertedEngine(model, OpenVino()), batch[:, :, :4])
+    assert not is_kept(ConvertedEngine(model, OpenVino()), batch)
