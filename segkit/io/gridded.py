@@ -63,6 +63,18 @@ class Volume:
         Args:
             other: the other volume.
         """
+        known = other.picture is not None and other.picture.sized
+        return self.measured_as(other) if known else self
+
+    def measured_as(self, other: "Volume") -> "Volume":
+        """The same volume, measured as another picture: both in pixels, or both in mm.
+
+        If only the other has a pixel size, the volume takes it. If only this volume has one, it is
+        dropped. Programs write a resolution into labels that their images do not have.
+
+        Args:
+            other: the other volume.
+        """
         grid, facts = with_size_of(self.grid, self.picture, other.grid, other.picture)
         return replace(self, grid=grid, picture=facts)
 
