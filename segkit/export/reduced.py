@@ -121,7 +121,7 @@ def check_reduced(
 
     scores: dict[str, tuple[float, float]] = {}
     if reference is not None:
-        onto = reference.onto(scan.grid, what="the reference", whose="the scan")
+        onto = reference.measured_as(scan).onto(scan.grid, what="the reference", whose="the scan")
         truth = within(onto.data, labelling)
         each = [dice(labels, truth) for labels in found]
         scores = {name: (each[0][name], each[1][name]) for name in labelling.members}

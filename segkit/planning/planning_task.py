@@ -15,10 +15,10 @@ from segkit.data.case_facts import CASES_PER_PROCESS
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.errors import counted, printable
 from segkit.planning import nnunet_rules as rules
+from segkit.planning.budget_fit import Steps
 from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import (
     Plan,
-    Steps,
     coarse_plan_for_time,
     flat_axes,
     plan_for_memory,

@@ -21,12 +21,8 @@ from segkit.inference.predictor import Predictor
 from segkit.io.volume import read_volume
 from segkit.model.folder import load_description, load_model, model_folders, newest_model
 from segkit.training import fit as training
-from segkit.training.cross_validation import (
-    cross_validate,
-    is_cross_validation,
-    pool_folds,
-    resume_folds,
-)
+from segkit.training.cross_validation import cross_validate, is_cross_validation, resume_folds
+from segkit.training.pooled_scores import pool_folds
 from segkit.training.resume import resume
 from segkit.training.run_folder import lock_if_free
 from tests.small import small_config, small_dataset
