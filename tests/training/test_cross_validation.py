@@ -276,7 +276,10 @@ def test_new_settings_of_a_cross_validation_are_those_of_every_fold(
             r"small: data\.batch_size was changed, but fold 0 finished with the earlier value, and "
             r"folds of one cross-validation share",
         ),
-        ("train.steps=1", r"train\.steps is 1, but the run has already done 2 steps; set it higher"),
+        (
+            "train.steps=1",
+            r"train\.steps is 1, but the run has already done 2 steps; set it higher",
+        ),
         ("trainer.devices=2", r"trainer\.devices is 2 and trainer\.num_nodes 1, but --folds"),
     ):
         with pytest.raises(ConfigError, match=why):
