@@ -254,7 +254,7 @@ class Stopped(BaseException):
 
 
 def sentence_of(error: OSError) -> str:
-    """One line: the file, the operating system's reason, and what to do.
+    """One line: the file, the operating system's reason, and advice.
 
     An error from a worker process has a traceback as its text. Only its last line is used.
     """

@@ -193,11 +193,13 @@ def check_session(name: str) -> None:
         "DatasetError",
         "Grid",
         "ModelError",
+        "Orientation",
         "Placement",
         "SegkitError",
         "VolumeError",
         "WholeVolume",
         "label_colour",
+        "noisy_copies",
     ],
 )
 def test_an_example_that_needs_no_data_prints_the_results_that_it_shows(

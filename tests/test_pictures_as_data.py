@@ -79,6 +79,24 @@ def test_a_folder_of_pictures_is_a_dataset_and_its_label_takes_its_images_pixel_
     assert label.data.sum() == 64
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_resolution_that_only_labels_have_does_not_count(tmp_path: Path, suffix: str) -> None:
+    config = dataset(tmp_path)
+    for number in range(3):
+        image, label = (tmp_path / f"{kind}/c{number}.png" for kind in ("images", "labels"))
+        values = np.asarray(Image.open(image))
+        image.unlink()
+        save(image.with_suffix(suffix), values)
+        save(label, np.asarray(Image.open(label)), dpi=(300, 300))
+    config.write_text(config.read_text().replace("images/*.png", f"images/*{suffix}"))
+    found = read(config)
+    image, label = read_case(found.cases[0], found)
+    assert found.unit == "pixel" and label.unit == "pixel"
+    assert_allclose(label.grid.affine, image.grid.affine)
+    assert label.data.sum() == 64
+    assert "pixel size in pixels: 1 to 1" in str(check(config))
+
+
 def test_red_green_and_blue_are_channels_with_names_of_their_own(tmp_path: Path) -> None:
     found = read(dataset(tmp_path, colour=True))
     assert found.channels == ("photo red", "photo green", "photo blue")

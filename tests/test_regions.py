@@ -29,7 +29,8 @@ from segkit.errors import ConfigError
 from segkit.evaluation.evaluate import score_pairs
 from segkit.explain.heads.study import ScoredVolume, case_dice
 from segkit.geometry.grid import Grid
-from segkit.inference.predictor import Predictor, segment_prepared
+from segkit.inference.predictor import Predictor
+from segkit.inference.segment_prepared import segment_prepared
 from segkit.inference.source_rows import written_regions
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.model.folder import Model, load_model

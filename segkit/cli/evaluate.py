@@ -64,7 +64,7 @@ def evaluate_command(
     from segkit.errors import ConfigError, first_few
     from segkit.evaluation.calibration import reliability_diagram, to_calibration_table
     from segkit.evaluation.evaluate import evaluate
-    from segkit.evaluation.scores import to_table
+    from segkit.evaluation.score_table import to_table
     from segkit.io.atomic import refuse_existing, write_json, write_text
     from segkit.io.whole_numbers import rounded_in_words
     from segkit.system.progress import Tracker

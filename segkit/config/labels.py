@@ -67,11 +67,21 @@ class Labelling:
         if self.ignore is not None:
             names[self.ignore] = "ignore"
         highest = max(*names, *(number for group in self.regions.values() for number in group), 0)
-        return tuple(names.get(number, str(self.in_file(number))) for number in range(highest + 1))
+        return tuple(
+            names.get(number) or str(self.in_file(number)) for number in range(highest + 1)
+        )
 
     def in_file(self, number: int) -> int:
-        """The number that is written to files for a number in memory."""
-        return self.in_files[number][0] if self.in_files else number
+        """The number that is written to files for a number in memory.
+
+        If only other numbers mean it (`ignore: others`), it is the smallest without a name.
+        """
+        if not self.in_files:
+            return number
+        if self.in_files[number]:
+            return self.in_files[number][0]
+        named = {each for group in self.in_files for each in group}
+        return next(each for each in range(len(named) + 1) if each not in named)
 
     @property
     def numbers_in_files(self) -> dict[str, int]:

@@ -47,9 +47,10 @@ PLAIN = str.maketrans(
 def names_of_sides(labels: Sequence[str]) -> list[str]:
     """The labels whose names tell left from right.
 
-    A name tells a side if it has a word for it (`LeftLung`, `rein gauche`), if it has a separate
-    abbreviation (`Hippocampus L`, `ctx-lh-cuneus`), or if another label differs only in the side
-    (`kidneyL` and `kidneyR`, `LV` and `RV`). Numbered vertebrae (`L1`) do not tell a side.
+    A name tells a side in one of three cases. It contains a word for a side (`LeftLung`, `rein
+    gauche`). It contains a separate abbreviation (`Hippocampus L`, `ctx-lh-cuneus`). Or another
+    label differs only in the side (`kidneyL` and `kidneyR`, `LV` and `RV`). Numbered vertebrae
+    (`L1`) do not tell a side.
 
     Example:
         >>> names_of_sides(["kidneyL", "kidneyR", "liver"])

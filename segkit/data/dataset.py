@@ -21,7 +21,7 @@ from segkit.data.dicom_cases import check_structures, list_dicom_files, structur
 from segkit.data.file_patterns import list_files
 from segkit.data.label_numbers import declared, within
 from segkit.data.partly_labelled_cases import unlabelled_of
-from segkit.errors import DatasetError, Problems, VolumeError, first_few
+from segkit.errors import DatasetError, Problems, VolumeError, counted, first_few
 from segkit.geometry.grid import Grid, Orientation
 from segkit.io.file_names import safe_name, tell_changed_names
 from segkit.io.gridded import turn_onto
@@ -218,7 +218,9 @@ def dataset_of(data: DatasetConfig, *, with_test: bool = False) -> Dataset:
     dataset = replace(dataset, unlabelled=unlabelled, nan=data.nan)
     if not kept or with_test:
         return dataset
-    logger.info("%s: %d cases are kept for a test and not used", data.folder, len(kept))
+    verb = "is" if len(kept) == 1 else "are"
+    told = (data.folder, counted(len(kept), "case"), verb)
+    logger.info("%s: %s %s kept for a test and not used", *told)
     left = tuple(case for case in dataset.cases if case.name not in kept)
     return replace(dataset, cases=left, test=tuple(sorted(kept)))
 
@@ -287,7 +289,7 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
     parts: list[Volume] = []
     for path in case.images:
         part = read_volume(path, rules=dataset.rules, working=BYTES_OF_IMAGE)
-        part = part.sized_as(parts[0]) if parts else part
+        part = part.measured_as(parts[0]) if parts else part
         if dataset.nan == "background":
             part = part.like(nan_as_zero(part.data))
         parts.append(_on_grid_of(case, parts[0] if parts else part, path, part))
@@ -297,7 +299,7 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
     if data.shape[3] != len(dataset.channels):
         raise _miscounted(case, dataset, data.shape[3])
     _check_unit(case, parts[0], dataset)
-    label = _on_grid_of(case, parts[0], case.label, label.sized_as(parts[0]))
+    label = _on_grid_of(case, parts[0], case.label, label.measured_as(parts[0]))
     return parts[0].like(data), label.like(_checked_label(case, label, dataset))
 
 

@@ -76,7 +76,8 @@ def read_dataset_file(folder: Path, given: Labelling | None = None) -> DatasetJs
       the order of `labels`, each as its number in `regions_class_order`. The label `ignore` marks
       voxels that nobody labelled.
     - `training` lists images (one file, or one for each channel) and labels, or only labels from
-      which images are synthesised. Without it, the cases are `labelsTr/CASE` and
+      which images are synthesised. A case has the name of its label, or of the label's path if
+      labels share a name. Without it, the cases are `labelsTr/CASE` and
       `imagesTr/CASE_0000`, `_0001` and so on, one for each channel, with the suffix `file_ending`.
       A picture `CASE_0000` may contain all channels.
     - `codes` (only in segkit) gives labels a terminology concept, and `pictures` (only in segkit)
@@ -221,7 +222,8 @@ def _groups(path: str, labels: dict[str, str | int | list[int]]) -> dict[str, tu
 
 def _listed(folder: Path, entries: Sequence[_Training]) -> list[NamedFiles]:
     found, problems = [], Problems()
-    for entry in entries:
+    names = _names_of([entry.label for entry in entries])
+    for entry, name in zip(entries, names, strict=True):
         images = [entry.image] if isinstance(entry.image, str) else entry.image
         paths = tuple(folder / image for image in images)
         label = folder / entry.label
@@ -233,9 +235,24 @@ def _listed(folder: Path, entries: Sequence[_Training]) -> list[NamedFiles]:
                         f"or correct its name"
                     )
         with problems.noted():
-            found.append((case_name_of(label), paths, label))
+            found.append((name, paths, label))
     problems.refuse()
     return found
+
+
+def _names_of(labels: Sequence[str]) -> list[str]:
+    """The name of each case: that of its label, or of the label's path if labels share a name.
+
+    p1/seg.nii.gz, p2/seg.nii.gz  ──▶  p1_seg, p2_seg
+    """
+    paths = [Path(label) for label in labels]
+    names = [case_name_of(path) for path in paths]
+    if len(set(names)) == len(set(paths)):  # a label that is listed twice is told of later
+        return names
+    folders = [
+        [part for part in path.parts[:-1] if part not in (path.anchor, "..")] for path in paths
+    ]
+    return ["_".join((*parts, name)) for parts, name in zip(folders, names, strict=True)]
 
 
 def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedFiles]:

@@ -209,6 +209,9 @@ def demo_config(
         steps: training steps.
         seed: seed of all random numbers.
 
+    Returns:
+        The config, for `segkit.train`.
+
     Raises:
         ConfigError: if a setting is not valid.
 

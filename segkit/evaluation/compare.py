@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Integer
@@ -15,19 +15,16 @@ from rich.text import Text
 from scipy.stats import permutation_test
 
 from segkit.errors import ConfigError, DatasetError, counted, first_few
-from segkit.evaluation.scores import ENDING_OF, METRICS, metric_in, score_name
+from segkit.evaluation.score_table import metric_in
+from segkit.evaluation.scores import ENDING_OF, METRICS, score_name
+from segkit.evaluation.scores_of_cases import ScoresOfCases, scores_of_cases
 from segkit.io.atomic import without_nan
 from segkit.io.picture_rules import MM_OF, Unit
-from segkit.io.safe_text import read_json_object
 from segkit.io.tables import read_csv
 
-SUMMARY_FILE = "summary.json"
 SMALLER_IS_BETTER = ("hd95_mm", "assd_mm")
 MOST_SIGNS = 1 << 14
 """The test tries all sign patterns if there are at most this many, else this many at random."""
-
-ScoresOfCases: TypeAlias = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""Scores by case, then class, then metric; NaN if a score is undefined."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def compare(
     for metric in metrics:
         if metric not in METRICS:
             raise ConfigError(f"unknown metric {metric!r}; choose from {', '.join(METRICS)}")
-    (first, unit), (second, other_unit) = _read(Path(a)), _read(Path(b))
+    (first, unit), (second, other_unit) = scores_of_cases(Path(a)), scores_of_cases(Path(b))
     lengths = [metric for metric in metrics if score_name(metric, "pixel") != metric]
     if lengths and (unit == "pixel") != (other_unit == "pixel"):
         raise ConfigError(
@@ -193,55 +190,6 @@ def _in_mm(metric: str) -> str:
     return known.get(metric, metric)
 
 
-def _read(path: Path) -> tuple[ScoresOfCases, Unit]:
-    """Scores of each case, with lengths in mm or pixels, and the unit of lengths in the file.
-
-    Args:
-        path: a file from `segkit evaluate --out`, or the folder of a run or cross-validation.
-
-    Raises:
-        ConfigError: if there are no scores.
-    """
-    source = path / SUMMARY_FILE if path.is_dir() else path
-    if not source.is_file():
-        raise ConfigError(
-            f"{source}: no such file; give a file from segkit evaluate --out, or the folder of a "
-            f"finished run or cross-validation"
-        )
-    unit: Unit = "mm"
-    try:
-        content = read_json_object(source)
-        if "cases" in content:
-            found: dict[str, dict[str, dict[str, float]]] = {}
-            for row in content["cases"]:
-                unit = next(
-                    (each for each in ENDING_OF if score_name("hd95_mm", each) in row), unit
-                )
-                scores = {
-                    key: _number(row[name]) * (MM_OF[unit] if name != key else 1)
-                    for key in METRICS
-                    if (name := score_name(key, unit)) in row
-                }
-                found.setdefault(str(row["case"]), {})[str(row["name"])] = scores
-        else:
-            found = {
-                case: {name: {"dice": _number(value)} for name, value in dice.items()}
-                for case, dice in content["validation"]["dice_of_cases"].items()
-            }
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{source}: cannot be read as JSON: {error}; make it again with segkit evaluate --out"
-        ) from None
-    except (KeyError, TypeError, AttributeError):
-        found = {}
-    if not found:
-        raise ConfigError(
-            f"{source}: contains no scores of cases; give a file from segkit evaluate --out, or "
-            f"the folder of a run with held-out cases"
-        )
-    return found, unit
-
-
 def read_strata(path: Path, column: str) -> dict[str, str]:
     """The group of each case, from a CSV file.
 
@@ -283,10 +231,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, p * (len(order) - rank)))
         corrected[index] = highest
     return corrected
-
-
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
 
 
 def _groups(names: Sequence[str], strata: Mapping[str, str] | None) -> Integer[ndarray, " cases"]:

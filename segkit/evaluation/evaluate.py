@@ -419,11 +419,12 @@ def _score_pair(
             (within(volume.data, labelling) if labelling.in_files else volume.data).reshape(shape)
             for volume in (prediction, reference)
         )
-        if prediction_path and labelling.ignore is not None and (found == labelling.ignore).any():
+        ignored = found == labelling.ignore
+        if prediction_path and labelling.ignore is not None and ignored.any():
+            number = prediction.data.reshape(shape)[ignored][0]
             raise ValueError(
-                "expected a class for each voxel of a prediction, found "
-                f"{labelling.in_file(labelling.ignore)}, the number of ignore; replace it with the "
-                "number of a class"
+                f"expected a class for each voxel of a prediction, found {number}, which is "
+                "ignored; replace it with the number of a class"
             )
         rows = score_case(
             found if prediction_path else np.zeros_like(right),

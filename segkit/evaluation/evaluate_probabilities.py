@@ -1,5 +1,6 @@
 """`segkit evaluate --probabilities`: compare predicted probabilities with references."""
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +11,7 @@ from segkit.errors import ConfigError, VolumeError
 from segkit.evaluation.calibration import Calibration
 from segkit.io.picture_rules import PictureRules
 from segkit.io.volume import AS_IT_SAYS, read_labels, read_volume
-from segkit.io.volume_names import SUFFIXES, is_picture, stem_of
+from segkit.io.volume_names import SUFFIXES, is_picture, numbers_suffix, stem_of, suffix_of
 from segkit.system.progress import Track, untracked
 
 
@@ -49,7 +50,11 @@ def calibrate_pairs(
     for name, prediction, reference_path in track(pairs, "calibration", len(pairs)):
         path, reference = find_probabilities(prediction), read_labels(reference_path, rules=rules)
         found = read_volume(path, rules=rules if is_picture(path) else AS_IT_SAYS)
-        found = found.onto(reference.grid, what=f"{path}:", whose=str(reference_path))
+        # Only one of two pictures may state the pixel size that both have.
+        reference = reference.sized_as(found)
+        found = found.sized_as(reference).onto(
+            reference.grid, what=f"{path}:", whose=str(reference_path)
+        )
         data = found.data if found.data.ndim > reference.data.ndim else found.data[..., None]
         try:
             calibration.add(name, data, within(reference.data, labelling), unlabelled.get(name, ()))
@@ -61,16 +66,22 @@ def calibrate_pairs(
 def find_probabilities(prediction: Path) -> Path:
     """The file of probabilities beside a prediction, such as `a_prob.nii.gz` for `a_seg.nii.gz`.
 
+    In BIDS derivatives it is `…_probseg.nii.gz` for `…_dseg.nii.gz`.
+
     Raises:
         VolumeError: if there is none.
     """
     whole = stem_of(prediction)
     stem = whole.removesuffix("_seg")
-    for name in dict.fromkeys((whole, stem)):
-        for suffix in SUFFIXES:
-            path = prediction.with_name(f"{name}_prob{suffix}")
-            if path.is_file():
-                return path
+    names = [f"{whole}_prob", f"{stem}_prob"]
+    if whole.endswith("_dseg"):
+        names.append(f"{whole.removesuffix('_dseg')}_probseg")
+    # The prediction's own suffix may be in upper case.
+    suffixes = (numbers_suffix(suffix_of(prediction)), *SUFFIXES)
+    for name, suffix in itertools.product(dict.fromkeys(names), dict.fromkeys(suffixes)):
+        path = prediction.with_name(f"{name}{suffix}")
+        if path.is_file():
+            return path
     raise VolumeError(
         f"{prediction}: expected a file {stem}_prob beside it, found none; predict with "
         f"--probabilities, or evaluate without"

@@ -9,11 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Shaped
-from rich.box import HORIZONTALS
-from rich.table import Table
-from rich.text import Text
 
-from segkit.errors import counted
 from segkit.evaluation.overlap import Overlap
 from segkit.evaluation.surface import (
     SurfaceDistances,
@@ -23,7 +19,7 @@ from segkit.evaluation.surface import (
     surface_distances,
 )
 from segkit.geometry.grid import ml_of_voxel
-from segkit.io.picture_rules import MM_OF, WORD_OF, Unit, length_in_words
+from segkit.io.picture_rules import MM_OF, Unit
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | None"
 
@@ -350,7 +346,7 @@ def to_json(rows: Sequence[CaseScores], summary: Summary) -> dict[str, Json]:
 
 def _class_json(of_class: ClassSummary, unit: Unit) -> Json:
     statistics = {
-        score_name(metric, unit): _without_nan(asdict(_statistic_in(metric, value, unit)))
+        score_name(metric, unit): _without_nan(asdict(statistic_in(metric, value, unit)))
         for metric, value in of_class.metrics.items()
     }
     return {"label": of_class.label, "name": of_class.name, **statistics}
@@ -373,15 +369,7 @@ def _in_unit(fields: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
     }
 
 
-def metric_in(metric: Metric, name: str, unit: Unit) -> Metric:
-    """A metric with the heading and number format for lengths in this unit."""
-    if not _is_length(name):
-        return metric
-    heading = metric.heading.replace("mm", WORD_OF[unit])
-    return replace(metric, heading=heading, form=".3g" if unit == "µm" else metric.form)
-
-
-def _statistic_in(name: str, value: Statistic, unit: Unit) -> Statistic:
+def statistic_in(name: str, value: Statistic, unit: Unit) -> Statistic:
     """A statistic of a metric, converted to this unit if it is a length."""
     if not _is_length(name):
         return value
@@ -395,43 +383,3 @@ def _without_nan(fields: Mapping[str, str | int | float]) -> Json:
         name: None if isinstance(value, float) and not isfinite(value) else value
         for name, value in fields.items()
     }
-
-
-def to_table(summary: Summary) -> Table:
-    """The summary as a table for the terminal: a section for each class, the overall last."""
-    table = Table(
-        box=HORIZONTALS,
-        pad_edge=False,
-        title=counted(summary.num_cases, "case"),
-        caption=(
-            "95 %: bootstrap interval of the mean over cases. "
-            f"NSD: within {length_in_words(summary.tolerance_mm, summary.unit)}. "
-            "Undefined: the class is in neither image; left out. Overall: mean over classes."
-        ),
-    )
-    table.add_column("class", overflow="fold")
-    table.add_column("metric", no_wrap=True)
-    for heading in ("mean", "95 %", "median", "scored", "undefined"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for of_class in (*summary.classes, summary.overall):
-        lines = [
-            _line(
-                metric_in(metric, key, summary.unit),
-                _statistic_in(key, of_class.metrics[key], summary.unit),
-            )
-            for key, metric in METRICS.items()
-        ]
-        columns = ["\n".join(cells) for cells in zip(*lines, strict=True)]
-        # Text, because Rich would read a name such as [left] as markup.
-        table.add_row(Text(of_class.name), *columns, end_section=True)
-    return table
-
-
-def _line(metric: Metric, value: Statistic) -> tuple[str, ...]:
-    counts = str(value.num_scored), str(value.num_undefined)
-    if value.num_scored == 0:
-        return metric.heading, "-", "-", "-", *counts
-    mean, low, high, median = (
-        f"{number:{metric.form}}" for number in (value.mean, value.low, value.high, value.median)
-    )
-    return metric.heading, mean, f"{low} to {high}", median, *counts

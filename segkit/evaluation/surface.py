@@ -8,9 +8,9 @@ right angles. Every surface voxel has the same weight.
 Nikolov et al. (below) instead place the surface between voxels and weight its elements by area.
 This can distinguish surfaces less than a voxel apart, and differs from ours by about half a voxel.
 
-If a class is in neither image, all three scores are undefined (NaN). If it is only in one, the case
-is never skipped, because a missed organ would then improve the mean: both distances are the image's
-diagonal, which no real distance reaches, and the normalised surface Dice is 0.
+If a class is in neither image, all three scores are undefined (NaN). If it is in only one image,
+the case is not skipped, because a missed organ would then improve the mean. Both distances are then
+the image's diagonal, which no real distance reaches, and the normalised surface Dice is 0.
 """
 
 import itertools

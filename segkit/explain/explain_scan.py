@@ -181,7 +181,7 @@ def explain_volume(
 
 def _reference_on(volume: Volume, reference: Volume, labelling: Labelling, name: str) -> Volume:
     """A reference on the scan's grid. Raises VolumeError if it does not fit scan or model."""
-    reference = reference.sized_as(volume).onto(
+    reference = reference.measured_as(volume).onto(
         volume.grid, what=f"{name}: the reference", whose="the scan"
     )
     try:

@@ -70,7 +70,8 @@ def push_model(
 
     Raises:
         ModelError: there is no finished model, a file cannot be read, the folder or repository
-            holds a model already, or the hub cannot be reached or refuses it.
+            holds a model already, no token for the hub is found, or the hub cannot be reached or
+            refuses it.
         ConfigError: the config of the run cannot be read.
 
     Example:

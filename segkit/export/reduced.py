@@ -1,8 +1,8 @@
 """ONNX in float16 or int8, and OpenVINO in float16: smaller files, and how well they predict.
 
-int8 is ONNX Runtime's static quantisation (https://onnxruntime.ai, "Quantize ONNX models"): kernels
-over more than one voxel have one scale per output channel, and the range of the features before
-them is measured on windows of real scans. Gates, heads and normalisation stay in float32.
+int8 is ONNX Runtime's static quantisation (https://onnxruntime.ai, "Quantize ONNX models"). Kernels
+over more than one voxel have one scale per output channel. The range of the features before them
+is measured on windows of real scans. Gates, heads and normalisation stay in float32.
 """
 
 import math
@@ -121,7 +121,7 @@ def check_reduced(
 
     scores: dict[str, tuple[float, float]] = {}
     if reference is not None:
-        onto = reference.onto(scan.grid, what="the reference", whose="the scan")
+        onto = reference.measured_as(scan).onto(scan.grid, what="the reference", whose="the scan")
         truth = within(onto.data, labelling)
         each = [dice(labels, truth) for labels in found]
         scores = {name: (each[0][name], each[1][name]) for name in labelling.members}

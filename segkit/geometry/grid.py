@@ -102,11 +102,19 @@ class Grid:
         return ml_of_voxel(self.spacing, self.directions)
 
     def world(self, index: Float[ndarray, "*points 3"]) -> Float[ndarray, "*points 3"]:
-        """World coordinates (mm) of voxel indices, which may be fractional."""
+        """World coordinates (mm) of voxel indices, which may be fractional.
+
+        Args:
+            index: voxel indices, (…, 3).
+        """
         return index @ self.affine[:3, :3].T + self.affine[:3, 3]
 
     def index(self, world: Float[ndarray, "*points 3"]) -> Float[ndarray, "*points 3"]:
-        """Fractional voxel indices of world coordinates (mm)."""
+        """Fractional voxel indices of world coordinates (mm).
+
+        Args:
+            world: world coordinates in mm, RAS+, (…, 3).
+        """
         return (world - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T
 
     def centres(self) -> Float[ndarray, "x y z 3"]:
@@ -120,6 +128,9 @@ class Grid:
         The axes of both grids must be parallel: one grid was made from the other by `placed`,
         `with_spacing` or cropping. Indices are rounded to 1e-9, so that equal grids give whole
         numbers.
+
+        Args:
+            other: the other grid.
         """
         step = np.linalg.inv(self.affine) @ other.affine
         assert np.abs(step[:3, :3] - np.diag(np.diag(step)[:3])).max() < 1e-4, "axes differ"
@@ -152,6 +163,9 @@ class Grid:
 
         An example is 'its first voxel lies 2 mm off, so that voxels lie up to 1 voxel apart'. The
         axes of both grids should run in the same directions (`Orientation.between`).
+
+        Args:
+            other: the other grid.
         """
         own, its = np.array(self.spacing), np.array(other.spacing)
         ends, corners = np.array(other.shape) - 1.0, _corners(other.shape)
@@ -208,6 +222,9 @@ class Grid:
 
         The outer edges stay in place, except that the new shape is rounded to whole voxels. The
         rounding is shared by both ends, so the two grids have the same centre.
+
+        Args:
+            spacing: distance between voxels along each axis, in mm.
         """
         old = np.array(self.shape)
         stride = np.array(spacing) / self.spacing
@@ -257,6 +274,9 @@ class Orientation:
 
         If two array axes are nearest to the same world axis, the permutation with the largest sum
         of absolute direction cosines is taken.
+
+        Args:
+            affine: affine from voxel indices to world coordinates, RAS+.
         """
         directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
         permutations = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
@@ -269,7 +289,12 @@ class Orientation:
 
     @classmethod
     def between(cls, grid: Grid, other: Grid) -> Self:
-        """The orientation that turns arrays on `grid` into the axis directions of `other`."""
+        """The orientation that turns arrays on `grid` into the axis directions of `other`.
+
+        Args:
+            grid: the grid of the arrays.
+            other: the grid whose axis directions they get.
+        """
         directions = np.eye(4)
         directions[:3, :3] = other.affine[:3, :3] / other.spacing
         return cls.of(np.linalg.inv(directions) @ grid.affine)
@@ -287,7 +312,11 @@ class Orientation:
         return tuple(axis for axis in range(3) if self.flip[axis])
 
     def turn_grid(self, grid: Grid) -> Grid:
-        """The grid of the turned array: every voxel keeps its world coordinates."""
+        """The grid of the turned array: every voxel keeps its world coordinates.
+
+        Args:
+            grid: the grid of the array before it is turned.
+        """
         turn = np.zeros((4, 4))
         turn[3, 3] = 1
         for world, axis in enumerate(self.order):
@@ -297,12 +326,20 @@ class Orientation:
         return Grid((x, y, z), grid.affine @ turn)
 
     def turn(self, array: ndarray) -> ndarray:
-        """The array (x, y, z, …) in RAS+ order, as a view."""
+        """The array (x, y, z, …) in RAS+ order, as a view.
+
+        Args:
+            array: (x, y, z, …) in the array's own order.
+        """
         turned = np.transpose(array, (*self.order, *range(3, array.ndim)))
         return np.flip(turned, self.flipped_axes())
 
     def turn_back(self, array: ndarray) -> ndarray:
-        """The inverse of `turn`, as a view."""
+        """The inverse of `turn`, as a view.
+
+        Args:
+            array: (x, y, z, …) in RAS+ order.
+        """
         unflipped = np.flip(array, self.flipped_axes())
         back = [self.order.index(axis) for axis in range(3)]
         return np.transpose(unflipped, (*back, *range(3, array.ndim)))
@@ -327,7 +364,11 @@ class Placement:
 
     @classmethod
     def identity(cls, num_axes: int) -> Self:
-        """The placement of the input itself."""
+        """The placement of the input itself.
+
+        Args:
+            num_axes: number of axes of space, 2 or 3.
+        """
         return cls((1.0,) * num_axes, (0.0,) * num_axes)
 
     def through(

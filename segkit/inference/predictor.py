@@ -17,7 +17,7 @@ from typing import Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Integer
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -30,35 +30,25 @@ from segkit.geometry.memory_order import slowest_first
 from segkit.inference import postprocess as components
 from segkit.inference.attention_maps import AttentionMap, MapCollector
 from segkit.inference.engines.out_of_memory import RowCombiner
-from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
 from segkit.inference.ensemble import MergedRows, merge
 from segkit.inference.model_walk import (
-    WINDOWS_ON_GPU,
     ModelWalk,
     PredictionOptions,
     PredictionSettings,
     TrackSlabs,
     untracked_slabs,
-    window_layout,
 )
 from segkit.inference.output_arrays import Results
-from segkit.inference.source_rows import SourceRows, labels_of, pieces
-from segkit.inference.windows import stream
+from segkit.inference.source_rows import SourceRows, pieces
 from segkit.io.disk_arrays import Allocate, in_memory
 from segkit.io.nan_values import nan_as_zero, value_problem
 from segkit.io.volume import Volume
 from segkit.model.folder import Model, load_model, model_folders
-from segkit.nn.network import SegmentationNetwork
 
 PIECE_OF_SOURCE = 2**22
 """Number of probabilities (voxels times classes) that are resampled at once."""
 VOXELS = 2**18
 """Number of voxels that are resampled at once if only labels are requested."""
-
-
-WINDOWS_IN_TRAINING = 2
-"""Windows in each call on a CPU. For one small window PyTorch (2.13) uses a convolution that is
-four times slower: one window of 32 x 40 x 32 voxels takes 0.35 s, but each of two takes 0.10 s."""
 
 
 TIMES_ON_GPU = 64
@@ -282,7 +272,12 @@ class Predictor:
         )
 
     def numbers_of(self, volume: Volume, track: TrackSlabs = untracked_slabs) -> Volume:
-        """Labels in segkit's numbers 0, 1, 2, …. It raises the same errors as a prediction."""
+        """Labels in segkit's numbers 0, 1, 2, …. It raises the same errors as a prediction.
+
+        Args:
+            volume: (x, y, z) or (x, y, z, channel), with the channels of the training data.
+            track: shows the progress, as in a call of the predictor.
+        """
         return volume_within(self(volume, track=track).labels, self.model.description.labelling)
 
     @property
@@ -307,7 +302,12 @@ class Predictor:
         volume: Volume,
         first_labels: Volume | None = None,
     ) -> Prepared:
-        """The image that the first network gets. It raises the same errors as a prediction."""
+        """The image that the first network gets. It raises the same errors as a prediction.
+
+        Args:
+            volume: (x, y, z) or (x, y, z, channel), with the channels of the training data.
+            first_labels: labels of the first stage, if they are known.
+        """
         return self._prepare_all(self.with_numbers(volume), first_labels)[0]
 
     def prepare_next(self, volume: Volume) -> list[Prepared] | None:
@@ -336,6 +336,9 @@ class Predictor:
         """The volume, with 0 for NaN and infinity if all models have `data.nan: background`.
 
         Otherwise it is the volume itself, and prediction raises an error if it has such values.
+
+        Args:
+            volume: (x, y, z) or (x, y, z, channel).
         """
         if any(member.model.description.nan != "background" for member in self.members):
             return volume
@@ -408,38 +411,6 @@ class Predictor:
                 f"the picture has {found_size}, but the model was trained on pictures {wanted}; "
                 f"set --pixel-size, such as '{'pixel' if unit == 'pixel' else '0.5 µm'}'"
             )
-
-
-def segment_prepared(
-    network: SegmentationNetwork,
-    image: Float[Tensor, "channel x y z"],
-    *,
-    patch_size: tuple[int, int, int],
-    overlap: float = 0.5,
-    written: Sequence[int] | None = None,
-) -> Tensor:
-    """Labels of a prepared image on the image's own grid, for validation during training.
-
-    Args:
-        network: the network, on its device.
-        image: the prepared image.
-        patch_size: size of windows in voxels.
-        overlap: share of a window that neighbours have in common.
-        written: the numbers of regions, in order; None if the outputs are classes.
-
-    Returns:
-        Labels (x, y, z).
-    """
-    device = next(network.parameters()).device
-    on_gpu = device.type == "cuda"
-    # A GPU uses the precision of training.
-    half = on_gpu and torch.is_autocast_enabled("cuda")
-    precision = torch.get_autocast_dtype("cuda") if half else torch.float32
-    engine = TorchEngine(network, device=device, precision=precision)
-    layout = window_layout(network, patch_size, overlap)
-    batch_size = WINDOWS_ON_GPU if on_gpu else WINDOWS_IN_TRAINING
-    slabs = stream(image, lambda windows: engine(windows, ()), layout, batch_size=batch_size)
-    return torch.cat([labels_of(slab.rows.pop(LOGITS), written) for slab in slabs])
 
 
 def put_labels(target: Integer[ndarray, "x y z"], labels: Integer[Tensor, "x y z"]) -> None:

@@ -151,7 +151,7 @@ def paint_structures(path: Path, grid: Grid, rules: StructureRules) -> ndarray:
         raise VolumeError(absent_structure(path, absent, names, rules))
     highest = max(abs(number) for number in (rules.background, *rules.numbers.values()))
     signed = min(rules.background, *rules.numbers.values()) < 0
-    kind_of = np.min_scalar_type(-highest if signed else highest)
+    kind_of = np.min_scalar_type(-highest - 1 if signed else highest)
     labels = np.full(grid.shape, rules.background, kind_of, order="F")
     if kind == "segmentation":
         paint_segments(path, header, chosen, rules.numbers, grid, labels)

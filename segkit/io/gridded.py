@@ -41,15 +41,40 @@ class Volume:
             )
 
     def like(self, data: ndarray) -> "Volume":
-        """A volume of other values on the same grid, with the same codes and units."""
+        """A volume of other values on the same grid, with the same codes and units.
+
+        Args:
+            data: (x, y, z) or (x, y, z, channel), with the grid's shape.
+        """
         return replace(self, data=data)
 
     def on(self, grid: Grid, data: ndarray) -> "Volume":
-        """A volume of values on another grid in the same world, such as a coarser one."""
+        """A volume of values on another grid in the same world, such as a coarser one.
+
+        Args:
+            grid: the other grid.
+            data: (x, y, z) or (x, y, z, channel), with the shape of that grid.
+        """
         return Volume(data, grid, self.header, self.picture)
 
     def sized_as(self, other: "Volume") -> "Volume":
-        """The same volume; it takes the pixel size of another picture if only that is known."""
+        """The same volume; it takes the pixel size of another picture if only that is known.
+
+        Args:
+            other: the other volume.
+        """
+        known = other.picture is not None and other.picture.sized
+        return self.measured_as(other) if known else self
+
+    def measured_as(self, other: "Volume") -> "Volume":
+        """The same volume, measured as another picture: both in pixels, or both in mm.
+
+        If only the other has a pixel size, the volume takes it. If only this volume has one, it is
+        dropped. Programs write a resolution into labels that their images do not have.
+
+        Args:
+            other: the other volume.
+        """
         grid, facts = with_size_of(self.grid, self.picture, other.grid, other.picture)
         return replace(self, grid=grid, picture=facts)
 

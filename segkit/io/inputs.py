@@ -127,6 +127,7 @@ def find_inputs(
     inputs: dict[tuple[Path, str], Input] = {}
     alone: list[Input] = []
     single: dict[Path, bool] = {}
+    by_stem: dict[Path, dict[str, Path]] = {}
     for path in paths:
         of_folder = path.is_dir()
         if of_folder and (found_series := _series_in(path, series)):
@@ -161,11 +162,27 @@ def find_inputs(
                 inputs[file.parent, name] = alone[-1]
                 continue
             name = name[: numbered.start()]
-            parts = (f"{name}_{channel:04d}{suffix}" for channel in range(num_channels))
-            files = tuple(file.parent / part for part in parts)
+            files = tuple(
+                _called(file.parent, f"{name}_{channel:04d}", suffix, by_stem)
+                for channel in range(num_channels)
+            )
             inputs[file.parent, name] = Input(name, files, of_folder, rules=rules)
     found = alone if num_channels == 1 else inputs.values()
     return without_results(list(found))
+
+
+def _called(folder: Path, stem: str, suffix: str, by_stem: dict[Path, dict[str, Path]]) -> Path:
+    """The volume of a stem, also if its suffix differs from that of the other channels.
+
+    Channels of one case may end in `.nii`, `.nii.gz` and `.NII.GZ`. If there is none, the path that
+    it would have with the same suffix. `by_stem` keeps the volumes of folders between calls.
+    """
+    expected = folder / f"{stem}{suffix}"
+    if expected.exists():
+        return expected
+    if folder not in by_stem:
+        by_stem[folder] = {stem_of(file): file for file in _volumes_at(folder)}
+    return by_stem[folder].get(stem, expected)
 
 
 def _holds_all(file: Path, number: int, num_channels: int, rules: PictureRules) -> bool:
@@ -211,7 +228,8 @@ def _volumes_in(folder: Path, but: Path | None) -> list[Path]:
 
 
 def _volumes_at(folder: Path) -> list[Path]:
-    return volumes_among(file for file in folder.iterdir() if not file.name.startswith("."))
+    inside = folder.iterdir() if folder.is_dir() else ()
+    return volumes_among(file for file in inside if not file.name.startswith("."))
 
 
 def _scans_at(folder: Path) -> list[Path]:
@@ -329,7 +347,7 @@ def read_input(source: Input) -> Volume:
     together = BYTES_OF_IMAGE + len(source.files) * first.data.itemsize
     others = [
         read_volume(file, rules=source.rules, working=together)
-        .sized_as(first)
+        .measured_as(first)
         .onto(first.grid, what=f"{file}:", whose=source.files[0].name)
         for file in source.files[1:]
     ]

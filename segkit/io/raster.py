@@ -256,7 +256,9 @@ def scale_of(resolution: Sequence[float], per_mm: float) -> tuple[float, float] 
 def with_size_of(
     grid: Grid, facts: PictureFacts | None, other: Grid, others: PictureFacts | None
 ) -> tuple[Grid, PictureFacts | None]:
-    """The grid and facts of a picture, with the pixel size of another if only that is known.
+    """The grid and facts of a picture, with the pixel size of another if only one of them is known.
+
+    If the size of the other is not known, the result has none.
 
     Args:
         grid: grid of the picture.
@@ -264,9 +266,9 @@ def with_size_of(
         other: grid of the other picture.
         others: facts of the other picture.
     """
-    if facts is None or others is None or facts.sized or not others.sized:
+    if facts is None or others is None or facts.sized == others.sized:
         return grid, facts
     # Sizes are along the axes as they are shown, because either picture may be stored turned.
-    sizes = np.abs(other.affine[:3, :3]).sum(axis=1)
-    affine = np.diag([*sizes, 1.0]) @ grid.affine
+    theirs, own = (np.abs(each.affine[:3, :3]).sum(axis=1) for each in (other, grid))
+    affine = np.diag([*(theirs / own), 1.0]) @ grid.affine
     return Grid(grid.shape, affine), replace(facts, unit=others.unit, source=others.source)

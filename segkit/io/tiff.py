@@ -77,7 +77,9 @@ def _header(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:
         inverted = photometric == "MINISWHITE" and kind.kind in "ui"
         palette = None
         if photometric == "PALETTE":
-            palette = (np.asarray(page.colormap) >> 8).T.astype(np.uint8)
+            colours = np.asarray(page.colormap)
+            # Some programs write 8 bits instead of TIFF's 16, as libtiff knows.
+            palette = (colours if colours.max() < 256 else colours >> 8).T.astype(np.uint8)
         capacity = _capacity(series, path.stat().st_size)
         compressed = int(page.compression) != 1
         orientation = int(page.tags.valueof(ORIENTATION_TAG, default=1))

@@ -216,6 +216,9 @@ def attention_share(
         image: an input, (batch, channel, *space), for which multiply-adds are counted.
         blocks: as for `as_identity`; all of `attention_blocks` if None.
 
+    Returns:
+        The numbers of the whole network, and those outside the blocks.
+
     Raises:
         ValueError: if the network has no such block.
 

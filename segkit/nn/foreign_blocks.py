@@ -1,9 +1,9 @@
 """Attention blocks of networks that segkit did not build, found by type and shape.
 
-A network runs once. A module counts as an attention block if the name of its class says so
-(`TransformerBlock`, `SwinTransformerBlock`, `AttentionBlock`, `ChannelSELayer` and so on) and if
-its output has the shape of its features, so that the identity can take its place. Of nested blocks,
-the outermost counts.
+A network runs once. A module counts as an attention block if its class has such a name
+(`TransformerBlock`, `SwinTransformerBlock`, `AttentionBlock`, `ChannelSELayer` and so on). Its
+output must also have the shape of its features, so that the identity can replace it. If blocks are
+nested, only the outermost counts.
 """
 
 import re

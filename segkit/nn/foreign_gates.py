@@ -196,7 +196,7 @@ def gate(
         image: an input, (batch, channel, *space); the network runs once. Its sizes are multiples of
             the network's strides.
         skips: names (`named_modules`) of the modules in which skips join the decoder. If None, all
-            but that of the finest level, as in the paper; the only one if there is one.
+            but those of the finest level, as in the paper; all if there is no other level.
         placements: positions of the features of skips, in voxels of the input, by the name of the
             module; only for features that cannot be followed through the layers.
 
@@ -221,7 +221,8 @@ def gate(
             "is called with coarse features and a skip, MONAI's SkipConnection (by "
             "concatenation), or a decoder with the lists transpconvs and stages, as in nnU-Net"
         )
-    wanted = names[1:] or names if skips is None else list(skips)
+    coarser = [join.module for join in joins if join.cells != joins[0].cells]
+    wanted = (coarser or names) if skips is None else list(skips)
     if unknown := sorted(set(wanted) - set(names)):
         raise ModelError(
             f"skips: expected names of skip connections ({', '.join(names)}), found "

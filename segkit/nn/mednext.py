@@ -20,8 +20,8 @@ class ResponseNormalisation(nn.Module):
     """Features, each channel weighted by its strength relative to the other channels.
 
     Global response normalisation of Woo et al. (2023, arXiv:2301.00808, Eq. 1-3 and Alg. 1):
-    x + γ x n + β with n_c = ‖x_c‖ / mean over channels of ‖x‖; each norm is over all voxels of a
-    sample. γ and β start at 0, so that it starts as the identity.
+    x + γ x n + β with n_c = ‖x_c‖ / mean over channels of ‖x‖. Each norm is over all voxels of a
+    sample. γ and β start at 0, so the module starts as the identity.
     """
 
     def __init__(self, channels: int) -> None:

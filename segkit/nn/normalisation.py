@@ -1,8 +1,8 @@
 """Instance and group normalisation that keep features in channels-last order.
 
-CPUs convolve fastest in this order. PyTorch's own normalisations (2.13) are slow with it: instance
+CPUs convolve fastest in this order. PyTorch's own normalisations (2.13) are slow with it. Instance
 normalisation copies the features to another order and back, which can take longer than the
-convolution before it, and the backward pass of group normalisation takes 30 times its forward.
+convolution before it. The backward pass of group normalisation takes 30 times its forward pass.
 
 On a GPU, `fuse_normalisation` lets instance normalisation and the leaky ReLU after it run in one
 kernel, if triton is installed.

@@ -5,23 +5,17 @@ machine. A 2D plan also has a spacing across its slices, which is that of the 3D
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from segkit.errors import DatasetError, counted
 from segkit.geometry.grid import ANISOTROPY, rounded_spacing, separate_axis
 from segkit.planning import nnunet_rules as rules
-from segkit.planning.nnunet_rules import (
-    ChannelNormalisation,
-    Lengths,
-    Numbers,
-    Setting,
-    Size,
-    Topology,
-)
+from segkit.planning.budget_fit import Fit, Steps, fit_memory, fit_time, per_axis
+from segkit.planning.nnunet_rules import ChannelNormalisation, Numbers, Setting, Size
 
 
 @dataclass(frozen=True)
@@ -54,15 +48,6 @@ class Plan:
     """A sentence for each value."""
 
 
-class Fit(NamedTuple):
-    """The patch, network and batch that a budget allows."""
-
-    topology: Topology
-    channels: tuple[int, ...]
-    batch_size: int
-    reasons: dict[str, str]
-
-
 def plan_for_memory(numbers: Numbers, *, spatial_dims: int, gigabytes: float = 8.0) -> Plan:
     """nnU-Net's plan: the largest patch that the memory allows, and then the largest batch.
 
@@ -76,21 +61,9 @@ def plan_for_memory(numbers: Numbers, *, spatial_dims: int, gigabytes: float = 8
     """
 
     def fit(setting: Setting) -> Fit:
-        return _fit_memory(setting, gigabytes)
+        return fit_memory(setting, gigabytes)
 
     return _plan(numbers, spatial_dims, fit, fit)
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The numbers of training steps that must fit into the time, before a part is made smaller."""
-
-    for_batch: int
-    """The batch is made smaller until this number of steps fits."""
-    for_width: int
-    """The network is made narrower until this number of steps fits."""
-    for_patch: int
-    """The patch is made smaller until this number of steps fits."""
 
 
 def plan_for_time(
@@ -159,8 +132,8 @@ def _fits(
         gigabytes: memory of the device, in 10⁹ bytes.
     """
     return (
-        lambda setting: _fit_time(setting, gigabytes, total, steps),
-        lambda setting: _fit_memory(setting, gigabytes),
+        lambda setting: fit_time(setting, gigabytes, total, steps),
+        lambda setting: fit_memory(setting, gigabytes),
     )
 
 
@@ -193,98 +166,6 @@ def axis_of_slices(numbers: Numbers) -> int:
     if min(shape) < 2:
         return min(range(3), key=lambda axis: (shape[axis], -spacing[axis]))
     return rules.coarsest_axis(spacing)
-
-
-def _fit_memory(setting: Setting, gigabytes: float) -> Fit:
-    num_axes = len(setting.spacing)
-    scale = gigabytes / rules.REFERENCE_GIGABYTES
-    budget = rules.REFERENCE_ACTIVATIONS[num_axes] * rules.REFERENCE_BATCH[num_axes] * scale
-    first = rules.topology(setting.spacing, rules.initial_patch(setting.spacing, setting.median))
-    for candidate in rules.shrinking(setting, first):
-        channels = rules.widths(len(candidate.kernels), spatial_dims=num_axes)
-        cost = rules.activations(
-            channels=channels,
-            strides=candidate.strides,
-            patch_size=candidate.patch_size,
-            num_classes=setting.num_classes,
-        )
-        if cost * rules.SMALLEST_BATCH <= budget:
-            break
-    patch = candidate.patch_size
-    covered = setting.dataset_voxels * rules.LARGEST_SHARE / math.prod(patch)
-    verb = "hold" if cost * rules.SMALLEST_BATCH <= budget else "should hold only"
-    shrunk = "" if candidate == first else f", reduced from {_size(first.patch_size)}"
-    reasons = {
-        "patch_size": f"The median image is {_size(setting.median)}, padded to multiples of "
-        f"{_size(candidate.divisor)}{shrunk}: {rules.SMALLEST_BATCH} patches have "
-        f"{rules.SMALLEST_BATCH * cost / 1e6:.4g} million activations, and {gigabytes:g} GB {verb} "
-        f"{budget / 1e6:.4g} million.",
-        "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches. A batch has at most "
-        f"5 % of the dataset's voxels ({covered:.4g} patches), but at least "
-        f"{rules.SMALLEST_BATCH} patches.",
-        "channels": f"{channels[0]} at the finest of {counted(len(channels), 'level')}, doubled "
-        "at each step, "
-        f"and at most {rules.MOST_CHANNELS[num_axes]}.",
-    }
-    batch = rules.largest_batch(budget, cost, patch, setting.dataset_voxels)
-    return Fit(candidate, channels, batch, reasons)
-
-
-def _fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> Fit:
-    """The fit for a total number of multiply-adds.
-
-    Args:
-        setting: the data.
-        gigabytes: memory of the device, in 10⁹ bytes.
-        total: number of multiply-adds in the whole training.
-        steps: the numbers of steps that must fit.
-    """
-    start = _fit_memory(setting, gigabytes)
-
-    def cost(candidate: Topology, channels: Sequence[int]) -> int:
-        """Multiply-adds of one patch in a training step; backward takes twice those of forward."""
-        return 3 * rules.multiply_adds(
-            channels=channels,
-            strides=candidate.strides,
-            kernels=candidate.kernels,
-            patch_size=candidate.patch_size,
-            in_channels=setting.in_channels,
-            num_classes=setting.num_classes,
-        )
-
-    def narrowed(candidate: Topology, width: int) -> tuple[int, ...]:
-        num_levels = len(candidate.kernels)
-        return rules.widths(num_levels, spatial_dims=len(setting.spacing), start=width)
-
-    chosen, batch = start.topology, start.batch_size
-    affordable = int(total / steps.for_batch // cost(chosen, start.channels))
-    batch = max(min(batch, affordable), rules.SMALLEST_BATCH)
-    for width in rules.START_WIDTHS:
-        channels = narrowed(chosen, width)
-        if batch * cost(chosen, channels) <= total / steps.for_width:
-            break
-    for chosen in rules.shrinking(setting, start.topology):
-        channels = narrowed(chosen, channels[0])
-        if batch * cost(chosen, channels) <= total / steps.for_patch:
-            break
-    needed = batch * cost(chosen, channels)
-    budget = f"a step takes {needed / 1e9:.3g} billion multiply-adds"
-    if needed > total / steps.for_patch:
-        budget += ", which is more than the time allows, but there is no smaller plan"
-    patch = _size(chosen.patch_size)
-    reasons = dict(start.reasons)
-    if channels != start.channels:
-        reasons["channels"] = (
-            f"Reduced from {start.channels[0]} to {channels[0]}, for more steps: {budget}."
-        )
-    if batch != start.batch_size:
-        reasons["batch_size"] = (
-            f"Reduced from {start.batch_size} to {batch}, which gives time for more steps."
-        )
-    if chosen != start.topology:
-        whole = _size(start.topology.patch_size)
-        reasons["patch_size"] = f"Reduced from {whole} to {patch}, for more steps: {budget}."
-    return Fit(chosen, channels, batch, {**reasons, "time": f"With this patch, {budget}."})
 
 
 def _target(numbers: Numbers, spatial_dims: int) -> tuple[tuple[float, float, float], Setting]:
@@ -331,7 +212,7 @@ def _plan(
         low, why_low = _low_resolution(numbers, setting, fit_memory(setting), fit_memory, fit)
     pooled = spatial_dims == 2 or low is not None
     median = _median_spacing(numbers)
-    why_spacing = f"{_size(median)} mm is the median of {counted(len(numbers.spacings), 'case')}"
+    why_spacing = f"{per_axis(median)} mm is the median of {counted(len(numbers.spacings), 'case')}"
     if spacing != median:
         why_spacing += (
             f"; {'xyz'[coarsest]} is over {ANISOTROPY:g} times coarser with under a third of the "
@@ -357,7 +238,7 @@ def _why_slices(numbers: Numbers, spacing: tuple[float, float, float]) -> str:
         return f"Every case has one voxel along {axis}."
     if axis_of_slices(numbers) != rules.coarsest_axis(spacing):
         return f"No axis has fewer voxels than {axis}."
-    return f"No axis is coarser than {axis} at {_size(spacing)} mm."
+    return f"No axis is coarser than {axis} at {per_axis(spacing)} mm."
 
 
 def _low_resolution(
@@ -400,12 +281,12 @@ def _low_resolution(
         coarse = holds(setting)
     if coarse is fitted:
         return None, f"{seen}, and {rules.LEAST_COVERED:g} is enough."
-    enough = f"at {_size(spacing)} mm it covers enough"
+    enough = f"at {per_axis(spacing)} mm it covers enough"
     if whole / voxels < 2:
         return None, f"{seen}; {enough}, but that would save less than half of the voxels."
     reasons = {
-        "spacing": f"{seen} at {_size(full.spacing)} mm; {enough}.",
-        "slices": f"The same as at {_size(full.spacing)} mm.",
+        "spacing": f"{seen} at {per_axis(full.spacing)} mm; {enough}.",
+        "slices": f"The same as at {per_axis(full.spacing)} mm.",
         "low_resolution": "This is the plan for low resolution.",
         "batch_dice": "A patch covers enough of an image, so Dice is computed for each patch.",
     }
@@ -465,7 +346,3 @@ def _assembled(
 def _median_spacing(numbers: Numbers) -> tuple[float, float, float]:
     x, y, z = np.median(np.array(numbers.spacings, float), axis=0).tolist()
     return x, y, z
-
-
-def _size(numbers: Lengths) -> str:
-    return "x".join(f"{number:.4g}" for number in numbers)

@@ -15,10 +15,10 @@ from segkit.data.case_facts import CASES_PER_PROCESS
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.errors import counted, printable
 from segkit.planning import nnunet_rules as rules
+from segkit.planning.budget_fit import Steps
 from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import (
     Plan,
-    Steps,
     coarse_plan_for_time,
     flat_axes,
     plan_for_memory,
@@ -134,7 +134,7 @@ def planning_task(
     runs: Path,
     track: Track,
 ) -> PlanningTask:
-    """Measure the dataset and find out the budget."""
+    """Measure the dataset and find out the budget. The arguments are those of `plan_dataset`."""
     limit_threads()
     dataset = dataset_of(source)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
@@ -168,7 +168,8 @@ def planning_task(
 def _in_slices_if_time_is_short(task: PlanningTask) -> PlanningTask:
     """The task in 2D, if time leaves a 3D patch that holds little of an image.
 
-    A patch that memory itself keeps so small is no reason: there nnU-Net has two stages.
+    If it is the memory that keeps the patch so small, the task stays in 3D, because nnU-Net trains
+    two stages then.
     """
     if not task.timed or task.spatial_dims == 2:
         return task

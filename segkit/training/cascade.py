@@ -16,7 +16,8 @@ from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.first_stage_labels import majority, out_of_fold
 from segkit.errors import ModelError
 from segkit.inference.model_walk import PredictionOptions
-from segkit.inference.predictor import WINDOWS_IN_TRAINING, Predictor
+from segkit.inference.predictor import Predictor
+from segkit.inference.segment_prepared import WINDOWS_IN_TRAINING
 from segkit.io.checksums import file_states
 from segkit.io.safe_text import read_json_object
 from segkit.io.volume import Volume, write_volume

@@ -10,15 +10,12 @@ keep only the largest components.
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
-import numpy as np
-from jaxtyping import Float64
 from lightning.pytorch.callbacks import Callback
-from numpy import ndarray
 from pydantic import Field
 
 from segkit.config.base import Section
@@ -28,13 +25,10 @@ from segkit.config.training import Config
 from segkit.data.dataset import Dataset, dataset_of, grid_of_case
 from segkit.data.preprocess import median_spacing
 from segkit.errors import ConfigError, SegkitError
-from segkit.evaluation.overlap import mean_of_defined
-from segkit.inference.postprocess import Decision, class_means, decide
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
 from segkit.model.file_names import CONFIG, FOLD, FOLDS, SPLIT, SUMMARY
 from segkit.model.folder import adopt, load_description
-from segkit.provenance import versions
 from segkit.system.progress import Track, untracked
 from segkit.system.signals import advice_on_stop
 from segkit.training.changed_settings import changes, in_a_sentence
@@ -43,6 +37,7 @@ from segkit.training.fold_settings import check_new_settings, is_done, tell_diff
 from segkit.training.folds import folds_of
 from segkit.training.kept_split import case_names, read_split
 from segkit.training.parts import refuse_replaced
+from segkit.training.pooled_scores import pool_folds
 from segkit.training.resolve import with_absolute_paths
 from segkit.training.resume import resume
 from segkit.training.run_folder import lock_if_free, locked_folder, new_run_folder
@@ -52,9 +47,6 @@ logger = logging.getLogger(__name__)
 
 SECONDS_FOR_ANOTHER = 60.0
 """Seconds to wait for a process that writes the shared files of all folds."""
-
-DiceOfCases: TypeAlias = Mapping[str, Mapping[str, float | None]]
-"""Dice by case, then by class; None if a class is in neither prediction nor reference."""
 
 
 @dataclass(frozen=True)
@@ -348,57 +340,6 @@ def _as_begun(folder: Path, record: Record) -> Dataset | None:
     return replace(dataset, cases=tuple(case for case in dataset.cases if case.name in known))
 
 
-def pool_folds(name: str, folds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """The summary of a cross-validation, from the summaries of its folds; their cases are pooled.
-
-    `validation` holds the Dice before post-processing, in the form of a run's summary.
-    `postprocessing` holds the selected operations and their effect on the Dice. Regions have no
-    post-processing, because they overlap.
-    """
-    scores = {fold: summary["validation"] for fold, summary in folds.items()}
-    first = next(iter(scores.values()))
-    classes = list(first["dice"])
-    dice_of_cases = _pooled(validation["dice_of_cases"] for validation in scores.values())
-    raw = _table(dice_of_cases, classes)
-    after = {
-        operation: _table(
-            _pooled(validation["dice_of_cases_after"][operation] for validation in scores.values()),
-            classes,
-        )
-        for operation in first.get("dice_of_cases_after", {})
-    }
-    decision = decide(raw, after) if after else Decision(False, ())
-    return {
-        "run": name,
-        "steps": sum(summary["steps"] for summary in folds.values()),
-        "seconds_of_training": round(
-            sum(summary["seconds_of_training"] for summary in folds.values()), 1
-        ),
-        "validation": {
-            "note": "each case scored by the fold that held it out, before post-processing",
-            "cases": len(raw),
-            **_means(raw, classes),
-            "dice_of_cases": dice_of_cases,
-        },
-        "folds": {
-            str(fold): {
-                "steps": summary["steps"],
-                "seconds_of_training": summary["seconds_of_training"],
-                **{key: scores[fold][key] for key in ("cases", "dice", "mean_dice")},
-            }
-            for fold, summary in folds.items()
-        },
-        "postprocessing": {
-            "note": "selected if it raises the Dice of the cases above (Isensee et al. 2021)",
-            "largest_foreground": decision.largest_foreground,
-            "largest_of": [classes[column] for column in decision.largest_of],
-            "adopted": _means(decision.dice(raw, after) if after else raw, classes),
-            "after": {operation: _means(table, classes) for operation, table in after.items()},
-        },
-        "versions": versions("lightning"),
-    }
-
-
 def _how_to_go_on(folder: Path) -> str:
     return f"segkit train --resume {folder} continues from there"
 
@@ -416,20 +357,3 @@ def _read(path: Path) -> dict[str, Any]:
         return read_json_object(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}; repair it") from None
-
-
-def _pooled(folds: Iterable[DiceOfCases]) -> DiceOfCases:
-    return {case: dice for fold in folds for case, dice in fold.items()}
-
-
-def _table(cases: DiceOfCases, classes: Sequence[str]) -> Float64[ndarray, "case classes"]:
-    """Dice as an array; null in JSON becomes NaN."""
-    return np.array([[dice[name] for name in classes] for dice in cases.values()], np.float64)
-
-
-def _means(table: Float64[ndarray, "case classes"], classes: Sequence[str]) -> dict[str, Any]:
-    means = class_means(table)
-    return {
-        "dice": dict(zip(classes, means.tolist(), strict=True)),
-        "mean_dice": mean_of_defined(means),
-    }

@@ -198,8 +198,8 @@ def _of_column(dataset: Dataset, data: SplitDatasetConfig, column: str) -> Folds
             continue
         if value.lower() in ("val", "validation"):
             numbers[name] = 0
-        elif re.fullmatch("[0-9]{1,6}", value):
-            numbers[name] = int(value)
+        elif number := re.fullmatch(r"([0-9]{1,6})(\.0*)?", value):  # pandas writes 0.0
+            numbers[name] = int(number[1])
         else:
             hint = "; name test cases in data.test" if value.lower() in YES_WORDS else ""
             raise DatasetError(

@@ -25,7 +25,7 @@ from segkit.data.patches import PatchSampler
 from segkit.data.prepared_cache import StoredCase, store_cases
 from segkit.data.variation import build_variation
 from segkit.errors import ConfigError, Problems, counted, printable
-from segkit.inference.predictor import segment_prepared
+from segkit.inference.segment_prepared import segment_prepared
 from segkit.model.build import build_network, check_windows, wrap_network
 from segkit.model.start_from import TakenOver, start_from
 from segkit.nn.external import try_out

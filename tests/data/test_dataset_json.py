@@ -215,6 +215,28 @@ def test_contradictions_in_a_dataset_json_are_refused_in_one_sentence(
     assert str(refusal.value).startswith(str(folder)) and "\n" not in str(refusal.value)
 
 
+def test_cases_whose_labels_share_a_name_have_the_name_of_the_path(tmp_path: Path) -> None:
+    entries = []
+    for number, patient in enumerate(("p2", "p1")):
+        label = Volume(np.full(SHAPE, number, np.uint8), GRID)
+        write_volume(tmp_path / patient / "seg.nii.gz", label)
+        write_volume(tmp_path / patient / "ct.nii.gz", Volume(image_of(number, 0), GRID))
+        entries.append({"image": f"{patient}/ct.nii.gz", "label": f"./{patient}/seg.nii.gz"})
+    content = {
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "organ"},
+        "training": entries,
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    dataset = read_dataset(tmp_path)
+    assert [case.name for case in dataset.cases] == ["p1_seg", "p2_seg"]
+    assert [read_case(case, dataset)[1].data.max() for case in dataset.cases] == [1, 0]
+    content["training"] = [*entries, entries[0]]
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match="case p2_seg is listed twice in training"):
+        read_dataset(tmp_path)
+
+
 def test_a_normalisation_of_nnunet_that_segkit_lacks_is_told(tmp_path: Path) -> None:
     folder = small_dataset(tmp_path / "data", num_cases=2)
     path = folder / "dataset.json"

@@ -83,6 +83,9 @@ def test_others_are_background_or_ignored() -> None:
     left_out = told_apart({0: "background", 3: "organ", "others": "ignore"})
     assert within(values, left_out).tolist() == [0, 1, 2, 2, 2]
     assert left_out.ignore == 2 and taken.ignore is None
+    # No number is named as ignored, so the first free one stands for all of them.
+    assert left_out.value_names == ("background", "organ", "ignore")
+    assert left_out.in_file(2) == 1
 
 
 def test_consecutive_numbers_cost_no_copy() -> None:
@@ -163,3 +166,14 @@ def test_check_counts_the_numbers_that_nobody_names(renumbered: Path) -> None:
     assert "label 17, 53 ball: in 2 cases" in str(told)
     assert "other numbers, read as background: 9 (1 voxel in 1 case)" in str(told)
     assert told.facts["other_numbers"] == [{"number": 9, "cases": 1, "voxels": 1}]
+
+
+def test_all_numbers_without_a_name_can_be_ignored(renumbered: Path) -> None:
+    labels = {"background": 0, "ball": [17, 53], "ignore": "others"}
+    dataset = dataset_of(DatasetConfig(folder=renumbered, labels=labels))
+    for case in dataset.cases:
+        raw = read_labels(case.label).data
+        expected = np.select([raw == 0, np.isin(raw, (17, 53))], [0, 1], 2)
+        assert_array_equal(read_case(case, dataset)[1].data, expected)
+    told = check(renumbered, ["data.labels={background: 0, ball: [17, 53], ignore: others}"])
+    assert "other numbers, read as ignore: 9 (1 voxel in 1 case)" in str(told)

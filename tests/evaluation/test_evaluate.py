@@ -51,6 +51,23 @@ def test_without_names_every_number_is_a_label(folders: tuple[Path, Path]) -> No
     assert [row.name for row in segkit.evaluate(*folders).cases] == ["label 1"] * 2
 
 
+def test_numbers_that_a_dataset_ignores_are_told_of_as_they_are_in_the_prediction(
+    folders: tuple[Path, Path],
+) -> None:
+    found, references = folders
+    data = {"folder": str(references), "files": {"images": {"x": "*.nii.gz"}, "label": "*.nii.gz"}}
+    labels = {"background": 0, "ball": 1, "ignore": "others"}
+    config = references.parent / "data.yaml"
+    config.write_text(json.dumps({"data": {**data, "labels": labels}}))
+    grid = Grid((4, 4, 4), np.diag([1.0, 1.0, 2.0, 1.0]))
+    values = np.zeros((4, 4, 4), np.uint8)
+    values[:2], values[3] = 1, 9
+    write_volume(references / "b.nii.gz", Volume(values, grid))  # 9 is not counted
+    assert [row.metrics["dice"] for row in evaluate(found, config).cases] == [1, 2 / 3]
+    write_volume(found / "b_seg.nii.gz", Volume(values, grid))
+    assert "found 9, which is ignored; replace it" in evaluate(found, config).failures["b"]
+
+
 def test_a_reference_without_a_prediction_is_refused(folders: tuple[Path, Path]) -> None:
     found, references = folders
     (found / "b_seg.nii.gz").unlink()

@@ -3,10 +3,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from segkit import ConfigError, Grid, Predictor, Volume, VolumeError, evaluate, write_volume
+from segkit import (
+    ConfigError,
+    Grid,
+    Predictor,
+    Volume,
+    VolumeError,
+    evaluate,
+    read_volume,
+    write_volume,
+)
 from segkit.config.network import NetworkConfig
 from segkit.evaluation.calibration import Calibration
+from segkit.evaluation.evaluate_probabilities import find_probabilities
 from tests.cli.command import run
 from tests.evaluation.test_calibration import drawn
 from tests.models import noise_volume, random_model
@@ -86,6 +97,23 @@ def test_missing_probabilities_and_those_of_other_classes_are_refused(tmp_path: 
         evaluate(predictions, references, probabilities=True)
 
 
+@pytest.mark.parametrize(
+    ("labels", "probabilities"),
+    [
+        ("a_seg.nii.gz", "a_prob.nii.gz"),
+        ("a.nii.gz", "a_prob.mha"),
+        ("A.NII.GZ", "A_prob.NII.GZ"),
+        ("a_seg.PNG", "a_prob.tif"),
+        ("sub-01_desc-segkit_dseg.nii.gz", "sub-01_desc-segkit_probseg.nii.gz"),
+    ],
+)
+def test_probabilities_are_found_by_the_names_that_segkit_gives_them(
+    tmp_path: Path, labels: str, probabilities: str
+) -> None:
+    (tmp_path / probabilities).write_bytes(b"")
+    assert find_probabilities(tmp_path / labels) == tmp_path / probabilities
+
+
 def test_probabilities_that_a_model_writes_can_be_evaluated(tmp_path: Path) -> None:
     model = random_model(NetworkConfig(channels=[2, 4]))
     scan = noise_volume((12, 10, 8))
@@ -103,3 +131,23 @@ def test_probabilities_that_a_model_writes_can_be_evaluated(tmp_path: Path) -> N
     assert scores.calibration is not None
     largest = scores.calibration.largest
     assert largest.voxels == 12 * 10 * 8 and largest.right.sum() >= 0.99 * largest.voxels
+
+
+@pytest.mark.parametrize("sized", ["predictions", "references"])
+def test_only_one_of_two_pictures_needs_a_pixel_size(tmp_path: Path, sized: str) -> None:
+    probability = np.linspace(0.05, 0.95, 30, dtype=np.float32).reshape(5, 6)
+    label = (probability > 0.5).astype(np.uint8)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "cell": 1}}))
+    for folder in ("predictions", "references"):
+        (tmp_path / folder).mkdir()
+        dpi = {"dpi": (25400, 25400)} if folder == sized else {}
+        Image.fromarray(label).save(tmp_path / folder / "a.png", **dpi)
+    image = read_volume(tmp_path / "predictions" / "a.png")
+    both = np.stack([1 - probability, probability], axis=-1).transpose(1, 0, 2)[:, :, None]
+    write_volume(tmp_path / "predictions" / "a_prob.tif", image.like(both))
+    scores = evaluate(tmp_path / "predictions", tmp_path / "references", probabilities=True)
+    assert scores.calibration is not None
+    expected = Calibration({"background": (0,), "cell": (1,)}, are_regions=False)
+    expected.add("a", both, label.T[..., None])
+    assert scores.calibration.to_json({}) == expected.to_json({})
+    assert scores.cases[0].metrics["dice"] == 1

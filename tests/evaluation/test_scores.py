@@ -11,14 +11,8 @@ import pytest
 from hypothesis import given, settings
 from rich.console import Console
 
-from segkit.evaluation.scores import (
-    METRICS,
-    CaseScores,
-    score_case,
-    summarise,
-    to_json,
-    to_table,
-)
+from segkit.evaluation.score_table import to_table
+from segkit.evaluation.scores import METRICS, CaseScores, score_case, summarise, to_json
 
 NAN = float("nan")
 LABELS = {0: "background", 1: "liver", 7: "tumour"}

@@ -76,6 +76,21 @@ def test_numbered_files_are_the_channels_of_one_volume(tmp_path: Path) -> None:
     assert read_input(alone).data[0, 0, 0].tolist() == [10.0, 11.0]
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".NII.GZ", ".mha"])
+def test_channels_of_one_volume_may_end_in_different_suffixes(tmp_path: Path, suffix: str) -> None:
+    volume_at(tmp_path / "x_0000.nii.gz", 10)
+    volume_at(tmp_path / f"x_0001{suffix}", 11)
+    found = find_inputs([tmp_path], 2)
+    assert [source.name for source in found] == ["x"]
+    assert find_inputs([tmp_path / "x_0000.nii.gz"], 2) == found
+    assert find_inputs([tmp_path / f"x_0001{suffix}"], 2) == found
+    assert read_input(found[0]).data[0, 0, 0].tolist() == [10.0, 11.0]
+    for num_channels in (1, 2):  # in a folder that does not exist
+        (absent,) = find_inputs([tmp_path / "nowhere" / "x_0000.nii"], num_channels)
+        with pytest.raises(VolumeError, match="no such file"):
+            read_input(absent)
+
+
 @pytest.mark.parametrize("thin", [(0, 1), (0,), (1,)])
 def test_a_channel_with_axes_of_size_1_is_the_channel_without_them(
     tmp_path: Path, thin: tuple[int, ...]

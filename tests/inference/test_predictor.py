@@ -24,7 +24,8 @@ from segkit.geometry.grid import Grid, Orientation
 from segkit.inference.attention_maps import map_on_source
 from segkit.inference.engines.torch_eager import PRESENCE
 from segkit.inference.predict_files import predict_files
-from segkit.inference.predictor import Predictor, put_labels, segment_prepared
+from segkit.inference.predictor import Predictor, put_labels
+from segkit.inference.segment_prepared import segment_prepared
 from segkit.inference.source_rows import WALK_AXIS, to_source_rows
 from segkit.inference.windows import WindowLayout, stream
 from segkit.io.inputs import find_inputs

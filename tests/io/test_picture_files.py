@@ -152,6 +152,17 @@ def test_a_palette_is_colours_in_an_image_and_numbers_in_labels(
     assert_array_equal(read_labels(path, rules=rules).data[..., 0], np.array([0, 2, 1])[indices.T])
 
 
+def test_a_palette_of_a_tiff_may_have_8_bits(tmp_path: Path) -> None:
+    indices = (GREY % 3).astype(np.uint8)
+    for bits in (1, 257):  # 255 * 257 = 65535
+        table = np.zeros((3, 256), np.uint16)
+        table[:, :3] = np.array([BLACK, RED, GREEN]).T * bits
+        path = tmp_path / "a.tif"
+        tifffile.imwrite(path, indices, photometric="palette", colormap=table)
+        found = read_volume(path).data[:, :, 0]
+        assert_array_equal(found, np.array([BLACK, RED, GREEN])[indices.T])
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_labels_of_few_bits_are_the_numbers_of_the_file(tmp_path: Path, bits: int) -> None:
     rows = (GREY % 2**bits).astype(np.uint8)
@@ -293,6 +304,15 @@ def test_a_label_without_a_pixel_size_takes_that_of_its_image(tmp_path: Path) ->
     label = read_labels(save(tmp_path / "b.png", GREY)).sized_as(image)
     assert_allclose(label.grid.affine, image.grid.affine)
     assert label.unit == "µm"
+
+
+def test_a_pixel_size_that_only_the_label_has_does_not_count(tmp_path: Path) -> None:
+    image = read_volume(save(tmp_path / "a.png", GREY))
+    label = read_labels(save(tmp_path / "b.png", GREY, dpi=(300, 300)))
+    assert label.unit == "µm" and label.measured_as(image).unit == "pixel"
+    assert_allclose(label.measured_as(image).grid.affine, image.grid.affine, atol=1e-12)
+    assert label.sized_as(image) is label  # in scores, the known size counts
+    assert_allclose(image.sized_as(label).grid.affine, label.grid.affine)
 
 
 def test_lengths_in_settings_name_their_unit() -> None:

@@ -9,7 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from monai.networks.nets import BasicUNet, DynUNet, UNet
+from monai.networks.nets import BasicUNet, BasicUNetPlusPlus, DynUNet, UNet
 from torch import Tensor, nn
 
 from segkit.errors import ModelError
@@ -237,6 +237,14 @@ def test_skips_are_chosen_by_name_and_a_gate_is_that_of_its_formula() -> None:
             network(IMAGE)
         expected = torch.sigmoid(logit + np.log(16)) / torch.sigmoid(torch.tensor(np.log(16)))
         torch.testing.assert_close(maps["skip.0/gate"].mean(), expected.float())
+
+
+def test_all_joins_of_the_finest_level_are_left_out_by_default() -> None:
+    network, image = BasicUNetPlusPlus(2, 1, 2, features=(2,) * 6), torch.zeros(1, 1, 32, 32)
+    # Joins 0_1 to 0_4 of a U-Net++ lie on the image's grid.
+    assert set(gate(network, image).values()) == {
+        *("upcat_1_1", "upcat_1_2", "upcat_1_3", "upcat_2_1", "upcat_2_2", "upcat_3_1")
+    }
 
 
 def test_a_network_that_cannot_be_gated_is_refused_and_unchanged() -> None:

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from numpy.testing import assert_allclose
 
 from segkit.errors import DatasetError
+from segkit.planning.budget_fit import Steps
 from segkit.planning.nnunet_rules import (
     Intensities,
     Lengths,
@@ -19,7 +20,7 @@ from segkit.planning.nnunet_rules import (
     multiply_adds,
     widths,
 )
-from segkit.planning.plan import Plan, Steps, coarse_plan_for_time, plan_for_memory, plan_for_time
+from segkit.planning.plan import Plan, coarse_plan_for_time, plan_for_memory, plan_for_time
 
 Triple = tuple[float, float, float]
 HOUNSFIELD = Intensities(
@@ -169,7 +170,7 @@ def test_more_memory_gives_a_larger_patch_and_batch_until_the_dataset_limits_the
     # A patch holds a whole hippocampus, and a batch 5 % of all, whatever the memory.
     same = [plan_for_memory(HIPPOCAMPUS, spatial_dims=3, gigabytes=n) for n in (8.0, 80.0)]
     assert same[0].patch_size == same[1].patch_size and same[0].batch_size == same[1].batch_size
-    assert "5 % of the dataset's voxels are" in same[1].reasons["batch_size"]
+    assert "at most 5 % of the dataset's voxels (" in same[1].reasons["batch_size"]
 
 
 def test_low_resolution_that_saves_less_than_half_is_dropped() -> None:

@@ -21,12 +21,8 @@ from segkit.inference.predictor import Predictor
 from segkit.io.volume import read_volume
 from segkit.model.folder import load_description, load_model, model_folders, newest_model
 from segkit.training import fit as training
-from segkit.training.cross_validation import (
-    cross_validate,
-    is_cross_validation,
-    pool_folds,
-    resume_folds,
-)
+from segkit.training.cross_validation import cross_validate, is_cross_validation, resume_folds
+from segkit.training.pooled_scores import pool_folds
 from segkit.training.resume import resume
 from segkit.training.run_folder import lock_if_free
 from tests.small import small_config, small_dataset
@@ -280,7 +276,10 @@ def test_new_settings_of_a_cross_validation_are_those_of_every_fold(
             r"small: data\.batch_size was changed, but fold 0 finished with the earlier value, and "
             r"folds of one cross-validation share",
         ),
-        ("train.steps=1", r"train\.steps is 1, but 2 steps are done; set it higher"),
+        (
+            "train.steps=1",
+            r"train\.steps is 1, but the run has already done 2 steps; set it higher",
+        ),
         ("trainer.devices=2", r"trainer\.devices is 2 and trainer\.num_nodes 1, but --folds"),
     ):
         with pytest.raises(ConfigError, match=why):

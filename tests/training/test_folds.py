@@ -112,14 +112,18 @@ def test_cases_that_a_split_leaves_out_are_told(
     assert "fold 0 of data.splits neither trains on nor holds out b, d" in caplog.text
 
 
-def test_a_column_says_which_fold_holds_a_case_out(tmp_path: Path) -> None:
-    (tmp_path / "cases.csv").write_text("id,fold\na,0\nb,1\nc,1\nd,\n")
+@pytest.mark.parametrize("end", ["", ".0"])  # a column with an empty cell, as pandas writes it
+def test_a_column_says_which_fold_holds_a_case_out(tmp_path: Path, end: str) -> None:
+    (tmp_path / "cases.csv").write_text(f"id,fold\na,0{end}\nb,1{end}\nc,1{end}\nd,\n")
     dataset = dataset_with(tmp_path, list("abcd"))
     settings = {"case_table": "cases.csv", "splits": {"column": "fold"}}
     found = split_of(dataset, config_with(tmp_path, fold=1, **settings))
     assert [names(part) for part in found] == [["a", "d"], ["b", "c"]]
     (tmp_path / "cases.csv").write_text("id,fold\na,0\nb,2\n")
     with pytest.raises(DatasetError, match=r"expected folds without gaps, found \[0, 2\]"):
+        split_of(dataset, config_with(tmp_path, **settings))
+    (tmp_path / "cases.csv").write_text("id,fold\na,0\nb,0.5\n")
+    with pytest.raises(DatasetError, match=r"for b the number of the fold .* found '0.5'"):
         split_of(dataset, config_with(tmp_path, **settings))
     (tmp_path / "cases.csv").write_text("id,fold\na,0\nz,1\n")
     with pytest.raises(DatasetError, match="found rows for z; correct"):

@@ -344,7 +344,7 @@ def _target(
     ]:
         if name not in known:
             raise ModelError(f"expected one of {', '.join(known)}, found {name!r}; choose one")
-    labels = predictor(volume).labels if region is None else region.sized_as(volume)
+    labels = predictor(volume).labels if region is None else region.measured_as(volume)
     labels = labels.onto(volume.grid, what="the region", whose="the scan")
     try:
         numbers = prepare_label(volume_within(labels, labelling), prepared)

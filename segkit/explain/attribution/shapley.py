@@ -1,9 +1,10 @@
 """Shapley values of a function of coalitions, by KernelSHAP.
 
-Lundberg & Lee (2017, arXiv:1705.07874, theorem 2): the Shapley values are the coefficients of the
-linear model that fits the value of every coalition, if a coalition of s among M players has the
-weight (M - 1) / (C(M, s) s (M - s)), and if the model is exact for none and for all players. If
-there are too many coalitions, the sizes with the largest weights are used completely, and the
+Lundberg & Lee (2017, arXiv:1705.07874, theorem 2): the Shapley values are the coefficients of a
+linear model that is fitted to the values of all coalitions. A coalition of s among M players has
+the weight (M - 1) / (C(M, s) s (M - s)). The model is exact for no player and for all players.
+
+If there are too many coalitions, all coalitions of the sizes with the largest weights are used. The
 others are sampled in pairs of a coalition and its complement (Covert & Lee 2021, arXiv:2012.01536).
 """
 

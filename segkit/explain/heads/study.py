@@ -384,7 +384,7 @@ def on_one_grid(case: LabelledCase, labelling: Labelling) -> ScoredVolume:
     """
     volume = case.volume
     name = f"{case.name}: its reference"
-    reference = case.reference.sized_as(volume).onto(volume.grid, what=name, whose="the volume")
+    reference = case.reference.measured_as(volume).onto(volume.grid, what=name, whose="the volume")
     try:
         numbers = volume_within(reference, labelling)
         return ScoredVolume(case.name, volume, numbers, case.unlabelled)

@@ -91,7 +91,7 @@ def _tail(doubled: tuple[int, ...]) -> Float[ndarray, " sums"]:
 def simes(p_values: Sequence[float]) -> float:
     """The p value of the hypothesis that all null hypotheses hold.
 
-    Simes (1986, doi:10.1093/biomet/73.3.751): the minimum of m p(k) / k, where p(k) is the k-th
+    Simes (1986, doi:10.1093/biomet/73.3.751): the minimum of m p(k) / k; p(k) is the k-th
     smallest of m p values. It is valid for positively dependent tests.
     """
     count = len(p_values)

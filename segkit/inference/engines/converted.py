@@ -5,8 +5,8 @@
 
 The digest covers everything on which the files depend: other weights, another window size or
 another version have other files. The files are kept only in the user's own cache, never beside a
-model: a model from someone else could come with files that were not made from its weights, or with
-a graph that reads any file.
+model. Otherwise a model from someone else could come with files that were not made from its
+weights, or with a graph that reads any file.
 """
 
 import hashlib

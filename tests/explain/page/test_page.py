@@ -210,6 +210,9 @@ def test_a_page_opens_without_errors_and_shows_its_overlays(
     assert len(np.unique(whole.pixels.reshape(-1, 3), axis=0)) > 500
     assert np.abs(whole.pixels - without.pixels).mean() > 1
     assert whole.dom.count(">Colours from ") == 1  # of the map's own range instead
+    # The card of a verdict has the map, the word and the sentence.
+    card = whole.dom[whole.dom.index('<span class="verdict informative">') :]
+    assert card.index(">informative</span>") < card.index("<p>It says where it lies.</p>")
 
 
 @in_a_browser
@@ -267,6 +270,9 @@ def test_a_micrograph_has_square_cells_and_long_names_keep_the_mark_of_low_value
     shown = show(tmp_path / "page.html", tmp_path / "run")
     assert shown.console == [] and "Cells of 0.5 × 0.5 µm," in shown.dom
     assert "intensity… channel 12 ↓<" in shown.dom
+    # A micrograph has no patient.
+    assert re.search(r'id="convention"[^>]*hidden[^>]*></button>', shown.dom)
+    assert [shown.text(f"edge {edge}") for edge in ("left", "right", "top", "bottom")] == [""] * 4
 
 
 @in_a_browser

@@ -41,9 +41,10 @@ async function start() {
     byId("spoken").textContent = where.show();
     byId("link").hash = fragment(view);
     byId("convention").hidden = view.picture;
-    byId("convention").textContent = view.radiological
+    const right = view.radiological
       ? "Radiological: patient’s right on the left"
       : "Neurological: patient’s right on the right";
+    byId("convention").textContent = view.picture ? "" : right;
   }
 
   function move(steps) {

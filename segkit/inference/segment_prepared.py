@@ -1,0 +1,49 @@
+"""Segmentation of prepared images, for validation during training."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
+from segkit.inference.model_walk import WINDOWS_ON_GPU, window_layout
+from segkit.inference.source_rows import labels_of
+from segkit.inference.windows import stream
+from segkit.nn.network import SegmentationNetwork
+
+WINDOWS_IN_TRAINING = 2
+"""Windows in each call on a CPU. For one small window PyTorch (2.13) uses a convolution that is
+four times slower: one window of 32 x 40 x 32 voxels takes 0.35 s, but each of two takes 0.10 s."""
+
+
+def segment_prepared(
+    network: SegmentationNetwork,
+    image: Float[Tensor, "channel x y z"],
+    *,
+    patch_size: tuple[int, int, int],
+    overlap: float = 0.5,
+    written: Sequence[int] | None = None,
+) -> Tensor:
+    """Labels of a prepared image on the image's own grid, for validation during training.
+
+    Args:
+        network: the network, on its device.
+        image: the prepared image.
+        patch_size: size of windows in voxels.
+        overlap: share of a window that neighbours have in common.
+        written: the numbers of regions, in order; None if the outputs are classes.
+
+    Returns:
+        Labels (x, y, z).
+    """
+    device = next(network.parameters()).device
+    on_gpu = device.type == "cuda"
+    # A GPU uses the precision of training.
+    half = on_gpu and torch.is_autocast_enabled("cuda")
+    precision = torch.get_autocast_dtype("cuda") if half else torch.float32
+    engine = TorchEngine(network, device=device, precision=precision)
+    layout = window_layout(network, patch_size, overlap)
+    batch_size = WINDOWS_ON_GPU if on_gpu else WINDOWS_IN_TRAINING
+    slabs = stream(image, lambda windows: engine(windows, ()), layout, batch_size=batch_size)
+    return torch.cat([labels_of(slab.rows.pop(LOGITS), written) for slab in slabs])

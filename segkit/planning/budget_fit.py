@@ -1,0 +1,134 @@
+"""The largest network, patch and batch that fit into a budget of memory or time."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from segkit.errors import counted
+from segkit.planning import nnunet_rules as rules
+from segkit.planning.nnunet_rules import Lengths, Setting, Topology
+
+
+class Fit(NamedTuple):
+    """The patch, network and batch that a budget allows."""
+
+    topology: Topology
+    channels: tuple[int, ...]
+    batch_size: int
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The numbers of training steps that must fit into the time, before a part is made smaller."""
+
+    for_batch: int
+    """The batch is made smaller until this number of steps fits."""
+    for_width: int
+    """The network is made narrower until this number of steps fits."""
+    for_patch: int
+    """The patch is made smaller until this number of steps fits."""
+
+
+def per_axis(numbers: Lengths) -> str:
+    """A number for each axis in words, such as "64x64x32"."""
+    return "x".join(f"{number:.4g}" for number in numbers)
+
+
+def fit_memory(setting: Setting, gigabytes: float) -> Fit:
+    """The largest patch that the memory allows, and then the largest batch.
+
+    Args:
+        setting: the data.
+        gigabytes: memory of the device, in 10⁹ bytes.
+    """
+    num_axes = len(setting.spacing)
+    scale = gigabytes / rules.REFERENCE_GIGABYTES
+    budget = rules.REFERENCE_ACTIVATIONS[num_axes] * rules.REFERENCE_BATCH[num_axes] * scale
+    first = rules.topology(setting.spacing, rules.initial_patch(setting.spacing, setting.median))
+    for candidate in rules.shrinking(setting, first):
+        channels = rules.widths(len(candidate.kernels), spatial_dims=num_axes)
+        cost = rules.activations(
+            channels=channels,
+            strides=candidate.strides,
+            patch_size=candidate.patch_size,
+            num_classes=setting.num_classes,
+        )
+        if cost * rules.SMALLEST_BATCH <= budget:
+            break
+    patch = candidate.patch_size
+    covered = setting.dataset_voxels * rules.LARGEST_SHARE / math.prod(patch)
+    verb = "hold" if cost * rules.SMALLEST_BATCH <= budget else "should hold only"
+    shrunk = "" if candidate == first else f", reduced from {per_axis(first.patch_size)}"
+    reasons = {
+        "patch_size": f"The median image is {per_axis(setting.median)}, padded to multiples of "
+        f"{per_axis(candidate.divisor)}{shrunk}: {rules.SMALLEST_BATCH} patches have "
+        f"{rules.SMALLEST_BATCH * cost / 1e6:.4g} million activations, and {gigabytes:g} GB {verb} "
+        f"{budget / 1e6:.4g} million.",
+        "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches. A batch has at most "
+        f"5 % of the dataset's voxels ({covered:.4g} patches), but at least "
+        f"{rules.SMALLEST_BATCH} patches.",
+        "channels": f"{channels[0]} at the finest of {counted(len(channels), 'level')}, doubled "
+        "at each step, "
+        f"and at most {rules.MOST_CHANNELS[num_axes]}.",
+    }
+    batch = rules.largest_batch(budget, cost, patch, setting.dataset_voxels)
+    return Fit(candidate, channels, batch, reasons)
+
+
+def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> Fit:
+    """The fit for a total number of multiply-adds.
+
+    Args:
+        setting: the data.
+        gigabytes: memory of the device, in 10⁹ bytes.
+        total: number of multiply-adds in the whole training.
+        steps: the numbers of steps that must fit.
+    """
+    start = fit_memory(setting, gigabytes)
+
+    def cost(candidate: Topology, channels: Sequence[int]) -> int:
+        """Multiply-adds of one patch in a training step; backward takes twice those of forward."""
+        return 3 * rules.multiply_adds(
+            channels=channels,
+            strides=candidate.strides,
+            kernels=candidate.kernels,
+            patch_size=candidate.patch_size,
+            in_channels=setting.in_channels,
+            num_classes=setting.num_classes,
+        )
+
+    def narrowed(candidate: Topology, width: int) -> tuple[int, ...]:
+        num_levels = len(candidate.kernels)
+        return rules.widths(num_levels, spatial_dims=len(setting.spacing), start=width)
+
+    chosen, batch = start.topology, start.batch_size
+    affordable = int(total / steps.for_batch // cost(chosen, start.channels))
+    batch = max(min(batch, affordable), rules.SMALLEST_BATCH)
+    for width in rules.START_WIDTHS:
+        channels = narrowed(chosen, width)
+        if batch * cost(chosen, channels) <= total / steps.for_width:
+            break
+    for chosen in rules.shrinking(setting, start.topology):
+        channels = narrowed(chosen, channels[0])
+        if batch * cost(chosen, channels) <= total / steps.for_patch:
+            break
+    needed = batch * cost(chosen, channels)
+    budget = f"a step takes {needed / 1e9:.3g} billion multiply-adds"
+    if needed > total / steps.for_patch:
+        budget += ", which is more than the time allows, but there is no smaller plan"
+    patch = per_axis(chosen.patch_size)
+    reasons = dict(start.reasons)
+    if channels != start.channels:
+        reasons["channels"] = (
+            f"Reduced from {start.channels[0]} to {channels[0]}, for more steps: {budget}."
+        )
+    if batch != start.batch_size:
+        reasons["batch_size"] = (
+            f"Reduced from {start.batch_size} to {batch}, which gives time for more steps."
+        )
+    if chosen != start.topology:
+        whole = per_axis(start.topology.patch_size)
+        reasons["patch_size"] = f"Reduced from {whole} to {patch}, for more steps: {budget}."
+    return Fit(chosen, channels, batch, {**reasons, "time": f"With this patch, {budget}."})
