@@ -213,7 +213,7 @@ def test_the_spacing_of_an_axis_of_one_voxel_is_ignored(axis: int, spacing: Trip
 def test_the_spacing_along_an_axis_of_one_voxel_is_not_compared() -> None:
     picture = alike((512, 512, 1), (4e-6, 4e-6, 1.0), 24)
     told = plan_for_memory(picture, spatial_dims=2).reasons["separate_z"]
-    assert told.startswith("The coarsest spacing is 1 times the finest in the median case and 1 ")
+    assert told.startswith("The coarsest spacing is 1 times the finest in the median case, and 1 ")
 
 
 def test_lines_are_refused() -> None:
