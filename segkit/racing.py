@@ -116,6 +116,8 @@ def plan_by_race(
         starters=in_time,
     )
     by_rule = next(iter(candidates))
+    if len(candidates) < 2:  # such as nnU-Net's own schedule, which has no time
+        return candidates[by_rule]
     needed = {name: shortest_training(planned.config) for name, planned in candidates.items()}
     names = affordable_candidates(needed, left())
     if len(names) < 2:

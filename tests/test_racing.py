@@ -117,6 +117,11 @@ def test_there_is_no_race_once_planning_has_taken_its_share_of_the_time(
     assert planned.plan.spatial_dims == 3 and "Raced" not in planned.text
 
 
+def test_a_schedule_without_a_time_is_not_raced(dataset: Path, tmp_path: Path) -> None:
+    planned = plan_by_race(dataset, cache=tmp_path / "c", device="cpu", preset="nnunet")
+    assert planned.config.train.minutes is None and "Chosen by mean Dice" not in planned.text
+
+
 @pytest.mark.slow
 def test_a_plan_that_was_raced_is_a_config_with_a_table(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
