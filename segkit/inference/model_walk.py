@@ -3,7 +3,7 @@
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -29,6 +29,7 @@ from segkit.nn.network import SegmentationNetwork
 from segkit.system.resources import choose_device, free_memory_of, limit_threads
 
 SLICES_PER_WINDOW = 8
+"""Slices of a window of a 2D network, if the image has as many."""
 WINDOWS_ON_GPU = 4
 """Default batch size of windows on a GPU."""
 BYTES_PREPARED = 4
@@ -168,7 +169,14 @@ class ModelWalk:
 
     def skipped(self, volume: Volume, prepared: Prepared) -> frozenset[WindowPlace]:
         """Positions of empty windows, on which the network is not run; none if it runs on all."""
-        return empty_windows(volume, prepared, self.layout) if self.skip_empty else frozenset()
+        if not self.skip_empty:
+            return frozenset()
+        return empty_windows(volume, prepared, self.layout_for(prepared.grid.shape))
+
+    def layout_for(self, size: Sequence[int]) -> WindowLayout:
+        """The layout of windows over an image of `size` voxels, as `window_layout` describes it."""
+        patch_size = self.model.description.volume_patch
+        return self.layout._replace(patch_size=window_size(patch_size, size))
 
     def maps(self) -> dict[str, MapInfo]:
         """The maps that `walk` can collect, by key."""
@@ -199,15 +207,16 @@ class ModelWalk:
             The first row, and the rows.
         """
         spreads = uncertainty and len(self.mirror_axes) > 0
-        starts = self.layout.starts(prepared.grid.shape)
+        layout = self.layout_for(prepared.grid.shape)
+        starts = layout.starts(prepared.grid.shape)
         empty = self.skipped(volume, prepared)
         if maps.spread is not None:
             places = (place for place in itertools.product(*starts) if place not in empty)
-            maps.spread.set_windows(places, self.layout.patch_size)
+            maps.spread.set_windows(places, layout.patch_size)
         slabs = stream(
             prepared.image,
             self._function(maps, presence, spreads),
-            self.layout,
+            layout,
             axis=WALK_AXIS,
             batch_size=self.batch_size,
             skip=empty,
@@ -284,15 +293,31 @@ class ModelWalk:
 
 
 def window_layout(
-    network: SegmentationNetwork, patch_size: tuple[int, int, int], overlap: float
+    network: SegmentationNetwork,
+    patch_size: tuple[int, int, int],
+    overlap: float,
+    image_size: Sequence[int] | None = None,
 ) -> WindowLayout:
     """The layout of a network's windows over a volume.
 
-    A window of a 2D network has several slices, which need no overlap.
+    A window of a 2D network has several slices, which need no overlap, but no more slices than the
+    image, if its size is given.
     """
-    patch = tuple(SLICES_PER_WINDOW if size == 1 else size for size in patch_size)
+    patch = window_size(patch_size, image_size)
     overlaps = tuple(0.0 if size == 1 else overlap for size in patch_size)
     return WindowLayout(patch, overlaps, network.total_stride)
+
+
+def window_size(
+    patch_size: Sequence[int], image_size: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Size of a window in voxels: that of a patch, but with several slices for a 2D network."""
+    slices = [SLICES_PER_WINDOW] * len(patch_size)
+    if image_size is not None:
+        slices = [min(SLICES_PER_WINDOW, size) for size in image_size]
+    return tuple(
+        several if size == 1 else size for size, several in zip(patch_size, slices, strict=True)
+    )
 
 
 def layout_of(model: Model, overlap: float = 0.5) -> WindowLayout:

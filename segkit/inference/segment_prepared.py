@@ -43,7 +43,7 @@ def segment_prepared(
     half = on_gpu and torch.is_autocast_enabled("cuda")
     precision = torch.get_autocast_dtype("cuda") if half else torch.float32
     engine = TorchEngine(network, device=device, precision=precision)
-    layout = window_layout(network, patch_size, overlap)
+    layout = window_layout(network, patch_size, overlap, image.shape[1:])
     batch_size = WINDOWS_ON_GPU if on_gpu else WINDOWS_IN_TRAINING
     slabs = stream(image, lambda windows: engine(windows, ()), layout, batch_size=batch_size)
     return torch.cat([labels_of(slab.rows.pop(LOGITS), written) for slab in slabs])

@@ -657,6 +657,7 @@ def test_ctrl_c_while_a_volume_is_read_prepares_and_begins_no_other(
     def reading(source: Input) -> Volume:
         begun.append(source.name)
         assert second_asked.wait(timeout=30)
+        time.sleep(0.3)  # a signal just before the main thread waits would be seen only after it
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         assert stopping.wait(timeout=30)
         return read(source)

@@ -76,12 +76,13 @@ class SummedOutput:
     ) -> None:
         self.member = member
         self.quantity = quantity
-        self.patch_size = member.layout.patch_size
+        layout = member.layout_for(size)
+        self.patch_size = layout.patch_size
         self.batch_size = member.batch_size
         if math.prod(self.patch_size) <= SMALL_WINDOW:
             self.batch_size = max(self.batch_size, WINDOWS_TOGETHER)
         self.softmax = member.model.description.labelling.written is None
-        places = itertools.product(*member.layout.starts(size))
+        places = itertools.product(*layout.starts(size))
         seen = [place for place in places if place not in skip]
         kernel = torch.ones(())
         for patch in self.patch_size:

@@ -337,7 +337,7 @@ def head_importance(
             prepared = predictor.prepare(case.volume)
             label = prepare_label(case.reference, prepared)
             both = torch.cat([prepared.image, label[None].to(prepared.image.dtype)])
-            slabs = stream(both, differentiate, predictor.layout)
+            slabs = stream(both, differentiate, predictor.members[0].layout_for(both.shape[1:]))
             for _ in slabs:
                 pass
     return {

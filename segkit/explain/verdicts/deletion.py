@@ -195,7 +195,7 @@ class SoftDiceToFirst:
         return stream(
             image,
             lambda windows: engine(windows, ()),
-            self.member.layout,
+            self.member.layout_for(image.shape[1:]),
             axis=WALK_AXIS,
             batch_size=self.member.batch_size,
             skip=self.skip,

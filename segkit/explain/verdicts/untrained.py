@@ -76,5 +76,7 @@ def untrained_maps(
             outputs = engine(windows, keys)
             return {key: outputs[key] for key in keys}
 
-        found = slide(image, record, member.layout, batch_size=member.batch_size)
+        found = slide(
+            image, record, member.layout_for(image.shape[1:]), batch_size=member.batch_size
+        )
         yield {key: values.cpu().numpy() for key, values in found.items()}
