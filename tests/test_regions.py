@@ -201,6 +201,7 @@ def ignoring(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return nested_dataset(tmp_path_factory.mktemp("ignoring"), {**REGION_LABELS, "ignore": 3})
 
 
+@pytest.mark.slow
 def test_training_learns_regions(regions: Path, tmp_path: Path) -> None:
     config = small_config(
         regions,

@@ -67,6 +67,7 @@ def test_a_model_is_no_better_than_itself(tmp_path: Path) -> None:
     assert (found.better, found.worse) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_95_percent_interval_contains_the_truth_about_that_often(tmp_path: Path) -> None:
     random, held = np.random.default_rng(0), 0
     for trial in range(60):

@@ -84,6 +84,7 @@ def test_each_process_gets_the_run_and_only_the_first_its_summary(tmp_path: Path
 
 
 @needs_processes
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:
     small_dataset(tmp_path / "data", num_cases=6)
     one = run_in_processes(tmp_path, 1, batch_size=4)

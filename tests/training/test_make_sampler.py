@@ -71,6 +71,7 @@ def test_cases_are_drawn_as_often_as_their_weights_say(
     assert chisquare(counts, [DRAWS * share for share in expected.values()]).pvalue > 0.001
 
 
+@pytest.mark.slow
 def test_a_class_of_one_case_in_fifty_is_drawn_as_often_as_its_weight_says(
     cases: list[StoredCase], tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.slow
 def test_a_run_may_be_stopped_more_than_once(tmp_path: Path) -> None:
     config = small_config(small_dataset(tmp_path / "data"), train={"steps": 8, "validate_every": 2})
     whole = train(config, runs=tmp_path / "whole")
