@@ -165,12 +165,17 @@ def slopes(look: nn.Module) -> None:
             look.weight[(axis, 0, *place)] = step
 
 
+def _hill(shape: Sequence[int], first: float, last: float) -> torch.Tensor:
+    """Values that fall with the squared distance from the origin of axes from `first` to `last`."""
+    axes = [torch.linspace(first, last, size) for size in shape]
+    squares = sum(axis**2 for axis in torch.meshgrid(*axes, indexing="ij"))
+    return 3 - 8 * torch.as_tensor(squares)
+
+
 def middle(look: nn.Module) -> None:
     """Values that are high in the middle of the window."""
     assert isinstance(look, Position)
-    axes = [torch.linspace(-1, 1, size) for size in look.values.shape]
-    squares = sum(axis**2 for axis in torch.meshgrid(*axes, indexing="ij"))
-    look.values.copy_(3 - 8 * torch.as_tensor(squares))
+    look.values.copy_(_hill(look.values.shape, -1, 1))
 
 
 def chessboard(look: nn.Module) -> None:
@@ -191,9 +196,7 @@ def border(look: nn.Module) -> None:
 def beside_the_middle(look: nn.Module) -> None:
     """Values that are high beside the middle of the window."""
     assert isinstance(look, Position)
-    axes = [torch.linspace(-1.35, 0.65, size) for size in look.values.shape]
-    squares = sum(axis**2 for axis in torch.meshgrid(*axes, indexing="ij"))
-    look.values.copy_(3 - 8 * torch.as_tensor(squares))
+    look.values.copy_(_hill(look.values.shape, -1.35, 0.65))
 
 
 def fixed_block(look: nn.Module) -> None:
