@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from segkit.nn.normalisation import (
     GroupNormalisation,
     InstanceNormalisation,
+    cancels_bias,
     normalise_and_activate,
 )
 
@@ -113,8 +115,50 @@ class ConvolutionBlock(nn.Module):
         """The convolved features."""
         layers = iter(self.layers)
         for convolve in layers:
-            features = normalise_and_activate(next(layers), next(layers), convolve(features))
+            norm, activation = next(layers), next(layers)
+            assert isinstance(convolve, nn.Conv2d | nn.Conv3d)
+            features = normalise_and_activate(
+                norm, activation, _convolved(convolve, norm, features)
+            )
         return features
+
+
+def _convolved(convolve: nn.Module, norm: nn.Module, features: Tensor) -> Tensor:
+    """The convolution of features, without its bias if the normalisation after it cancels it.
+
+    On a GPU, cuDNN adds a bias in a second pass over the features, and its gradient takes another.
+    """
+    if not cancels_bias(norm, features):
+        return convolve(features)
+    assert isinstance(convolve, nn.Conv2d | nn.Conv3d)
+    bias = convolve.bias
+    if bias is None or convolve._forward_hooks or convolve._forward_pre_hooks:
+        return convolve(features)
+    output = CONV_FUNCTION[features.ndim - 2](
+        features,
+        convolve.weight,
+        None,
+        convolve.stride,
+        convolve.padding,
+        convolve.dilation,
+        convolve.groups,
+    )
+    cancelled: Tensor = _WithCancelledBias.apply(output, bias)  # type: ignore[no-untyped-call]
+    return cancelled
+
+
+class _WithCancelledBias(torch.autograd.Function):
+    """Features, unchanged. The gradient of the bias, which a later layer cancels, is 0."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, features: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(bias)
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (bias,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return gradients[0], torch.zeros_like(bias)
 
 
 class Modulated(nn.Module):

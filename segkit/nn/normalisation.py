@@ -86,6 +86,14 @@ def normalise_and_activate(norm: nn.Module, activation: nn.Module, features: Ten
     return output
 
 
+def cancels_bias(norm: nn.Module, features: Tensor) -> bool:
+    """Whether a fused normalisation cancels a bias that a convolution of the features would add.
+
+    Instance normalisation subtracts the mean of each channel, and the bias with it.
+    """
+    return isinstance(norm, InstanceNormalisation) and norm.runs_fused(features)
+
+
 class _Normalise(torch.autograd.Function):
     """Group normalisation of features with channels last.
 
@@ -210,18 +218,22 @@ class InstanceNormalisation(GroupNormalisation):
 
     def normalised_and_leaked(self, features: Tensor, slope: float) -> Tensor | None:
         """Normalisation and leaky ReLU of a slope in one kernel, or None if this is impossible."""
-        if (
-            not self.fused
-            or features.device.type != FUSED_DEVICE
-            or features.dtype not in FUSED_TYPES
-            or features.numel() == 0
-            or not _is_plain_call(features)
-        ):
+        if not self.runs_fused(features):
             return None
         function = _normalise_and_leak()
-        if function is None:
-            return None
+        assert function is not None
         return function(features, self.weight, self.bias, eps=self.eps, slope=slope)
+
+    def runs_fused(self, features: Tensor) -> bool:
+        """True if features of this device, type and size are normalised in one kernel."""
+        return (
+            self.fused
+            and features.device.type == FUSED_DEVICE
+            and features.dtype in FUSED_TYPES
+            and features.numel() > 0
+            and _is_plain_call(features)
+            and _normalise_and_leak() is not None
+        )
 
     def in_any_order(self, features: Tensor) -> Tensor:
         """The same by PyTorch's instance normalisation, which exporters and runtimes know."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from segkit.geometry.grid import Placement
 from segkit.nn.blocks import CONV, MAX_POOL, TRANSPOSED_CONV, ConvolutionBlock, NormalisationKind
+from segkit.nn.concatenation import concatenate_channels
 from segkit.nn.map_tap import MapInfo, maps_of, place_taps
 
 
@@ -130,7 +131,7 @@ class Join(nn.Module):
             gate = cast(SkipAttention, self.gate)
             signal = upsampled if gate.signal == "upsampled" else coarse
             skip = gate.let_through(skip, signal)
-        features: Tensor = self.attention(self.block(torch.cat([upsampled, skip], dim=1)))
+        features: Tensor = self.attention(self.block(concatenate_channels([upsampled, skip])))
         return features
 
 

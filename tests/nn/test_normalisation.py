@@ -1,5 +1,7 @@
 import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -245,6 +247,56 @@ def test_fused_weights_keep_their_names() -> None:
     assert list(block.state_dict()) == names
     fuse_normalisation(block)
     assert list(block.state_dict()) == names
+
+
+def test_a_bias_that_a_fused_normalisation_cancels_is_left_out_and_its_gradient_is_0(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def planted(
+        features: Tensor, weight: Tensor, bias: Tensor, *, eps: float, slope: float
+    ) -> Tensor:
+        return F.leaky_relu(F.instance_norm(features, weight=weight, bias=bias, eps=eps), slope)
+
+    monkeypatch.setattr(normalisation, "_normalise_and_leak", lambda: planted)
+    monkeypatch.setattr(normalisation, "FUSED_DEVICE", "cpu")
+    torch.manual_seed(0)
+    block = ConvolutionBlock(3, 2, widths=(8, 4), kernel=(3, 3, 3)).double()
+    for at in (0, 3):
+        torch.nn.init.normal_(block.layers[at].bias, std=3)
+    image = torch.randn(2, 2, 6, 5, 4)
+    plain = copy.deepcopy(block)
+    block.float(), fuse_normalisation(block)
+    with torch.no_grad():
+        added = []
+        monkeypatch.setattr(F, "instance_norm", _noted(F.instance_norm, added))
+        found = block(image)
+        with_bias = plain.layers[0](image.double())
+        expected = float(with_bias.mean() - plain.layers[0].bias.mean())
+    assert float(added[0].mean()) == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(found.double(), plain(image.double()), rtol=1e-4, atol=1e-5)
+    block(image).square().sum().backward()
+    plain(image.double()).square().sum().backward()
+    for name, ours in block.named_parameters():
+        theirs = plain.get_parameter(name).grad
+        assert ours.grad is not None and theirs is not None
+        if name in ("layers.0.bias", "layers.3.bias"):
+            assert ours.grad.count_nonzero() == 0 and theirs.abs().max() < 1e-9
+        else:
+            torch.testing.assert_close(ours.grad.double(), theirs, rtol=1e-3, atol=1e-4)
+    told = []
+    block.layers[0].register_forward_hook(lambda *_: told.append(1))
+    block(image)
+    assert told == [1]
+
+
+def _noted(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[..., Tensor]:
+    """The function, which also keeps its first argument."""
+
+    def noted(features: Tensor, **settings: Any) -> Tensor:
+        inputs.append(features)
+        return function(features, **settings)
+
+    return noted
 
 
 @pytest.mark.parametrize("triton", [True, False])
