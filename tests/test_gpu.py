@@ -63,7 +63,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> segkit.Run:
     folder = tmp_path_factory.mktemp("trained")
     config = small_config(
-        data, train={"steps": 60, "validate_every": 60}, trainer={"accelerator": "gpu"}
+        data, train={"steps": 60, "validate_every": 20}, trainer={"accelerator": "gpu"}
     )
     return segkit.train(config, runs=folder)
 
@@ -104,7 +104,7 @@ def test_augmented_training_in_half_precision_learns_on_a_gpu(trained: segkit.Ru
         trained.folder / "metrics.csv", delimiter=",", names=True, invalid_raise=False
     )
     told = losses["trainloss"][np.isfinite(losses["trainloss"])]
-    assert told[-1] < told[0]
+    assert len(told) == 3 and told[-1] < told[0]
     assert np.isfinite(trained.summary["validation"]["mean_dice"])
 
 
@@ -176,10 +176,11 @@ def test_explaining_on_a_gpu_gives_the_measures_of_the_cpu(trained: segkit.Run, 
         )
         for device in ("cuda", "cpu")
     )
-    assert (found.prediction.labels.data == expected.prediction.labels.data).mean() > 0.998
-    for key, of_cpu in expected.prediction.maps.items():
-        found_map = found.prediction.maps[key]
-        assert np.nanmax(abs(found_map.volume.data - of_cpu.volume.data)) < 1e-3
+    assert (found.labels.data == expected.labels.data).mean() > 0.998
+    assert found.dice["ball"] == pytest.approx(expected.dice["ball"], abs=0.01)
+    assert expected.maps.keys() == found.maps.keys() >= {"skip.0/gate"}
+    for key, of_cpu in expected.maps.items():
+        assert np.nanmax(abs(found.maps[key].volume.data - of_cpu.volume.data)) < 1e-3
 
 
 def test_a_model_trained_on_a_gpu_is_exported_with_the_labels_of_the_cpu(
@@ -187,7 +188,7 @@ def test_a_model_trained_on_a_gpu_is_exported_with_the_labels_of_the_cpu(
 ) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    export = segkit.export_model(trained.folder, "onnx", tmp_path / "model.onnx", check=True)
+    export = segkit.export_model(trained.model, "onnx", tmp_path / "model.onnx", check=True)
     assert export.agreement is not None
 
 
