@@ -30,7 +30,8 @@ class GraphedStep:
     graph.
 
     A call sets the gradients of the parameters to those of the batch: it overwrites them and never
-    adds to them. They must not be deleted or replaced between calls.
+    adds to them. Gradients may be deleted or replaced between calls, as Lightning does before each
+    validation: the next call puts them back into the memory that the recording writes.
 
     Args:
         loss: returns the loss of a batch first, then other scalars. It must not run code that waits
@@ -61,7 +62,8 @@ class GraphedStep:
             values[0].backward()
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, clip)
-            return values
+            # Values with a graph would keep it alive, on the stream of the warm-up.
+            return tuple(value.detach() for value in values)
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -70,13 +72,13 @@ class GraphedStep:
                 _forget_gradients(parameters)
                 value = step()[0]
         torch.cuda.current_stream().wait_stream(stream)
-        expected = torch.stack([value.detach().float(), _gradient_norm(parameters)])
+        expected = torch.stack([value.float(), _gradient_norm(parameters)])
         # The recording allocates gradients in the graph's memory; each replay writes them there.
         _forget_gradients(parameters)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            values = step()
-        self.values = tuple(value.detach() for value in values)
+            self.values = step()
+        self.gradients = [parameter.grad for parameter in parameters]
         self.graph.replay()
         found = torch.stack([self.values[0].float(), _gradient_norm(parameters)])
         if not torch.allclose(found, expected, rtol=_TOLERANCE):
@@ -103,6 +105,8 @@ class GraphedStep:
         self.image.copy_(image)
         self.label.copy_(label)
         self.graph.replay()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
         return tuple(value.clone() for value in self.values)
 
 

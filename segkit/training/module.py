@@ -37,6 +37,8 @@ Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
 label (batch, *space)."""
 PresenceLoss = Callable[[Tensor, Tensor], Tensor]
 """A scalar from the logits (batch, class) of the presence head and the label (batch, *space)."""
+RECORDED_DEVICE = "cuda"
+"""Kind of device that can record a step."""
 
 
 class SegmentationModule(L.LightningModule):
@@ -165,7 +167,7 @@ class SegmentationModule(L.LightningModule):
         """The losses from a recorded step, which also sets the gradients; empty if not recorded."""
         if self.compiled.active:
             self.graphed = None
-        if self.device.type != "cuda" or not self.recorded or self.compiled.active:
+        if self.device.type != RECORDED_DEVICE or not self.recorded or self.compiled.active:
             return ()
         if self.graphed is None:
             self.recorded = can_record(self.trainer)
