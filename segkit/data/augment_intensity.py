@@ -72,8 +72,9 @@ class IntensityVariation:
             for of_samples, of_channels, step in steps:
                 samples = torch.rand(batch, 1, generator=generator) < of_samples
                 chosen = samples & (torch.rand(batch, channels, generator=generator) < of_channels)
-                rows = chosen.flatten().nonzero().flatten().to(image.device, non_blocking=True)
+                rows = chosen.flatten().nonzero().flatten()
                 if len(rows) > 0:
+                    rows = rows.to(image.device, non_blocking=True)
                     varied.index_copy_(0, rows, step(varied.index_select(0, rows), generator))
         return varied.view(batch, channels, *space).to(image.dtype)
 

@@ -8,9 +8,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Float64, Integer
+from numpy import ndarray
 from torch import Generator, Tensor
 
 Batch = tuple[Float[Tensor, "batch channel *space"], Integer[Tensor, "batch *space"]]
@@ -24,6 +26,9 @@ OBLONG = 1.5
 """An image in 2D is oblong if the ratio of its sides is larger than this."""
 FLAT = 3
 """A patch in 3D is rotated like a stack of slices if the ratio of its sides is larger than this."""
+
+EXACT_IN_FLOAT32 = 2**24
+"""float32 holds each whole number up to this one."""
 
 
 @dataclass(frozen=True)
@@ -150,21 +155,21 @@ class SpatialVariation:
         Mirroring is not included.
         """
         num_axes = len(self.patch_size)
-        moving = self.moving_axes
+        moving = list(self.moving_axes)
         planes = [(a, b) for i, a in enumerate(moving) for b in moving[i + 1 :]]
         low, high = self._angles()
-        spacing = torch.tensor(self._spacing, dtype=torch.float64)
-        transforms = torch.eye(num_axes, dtype=torch.float64).repeat(batch_size, 1, 1)
+        spacing = np.array(self._spacing)
+        transforms = np.tile(np.eye(num_axes), (batch_size, 1, 1))
         draws = torch.rand(batch_size, 3 + len(planes), generator=generator).tolist()
         for matrix, (turn, resize, scale, *turns) in zip(transforms, draws, strict=True):
             if turn < self.rotation_probability:
                 for (first, second), angle in zip(planes, turns, strict=True):
                     angle = low + (high - low) * angle
-                    matrix.copy_(matrix @ _rotation(num_axes, first, second, angle))
-                matrix.mul_(spacing).div_(spacing[:, None])
+                    matrix[:] = matrix @ _rotation(num_axes, first, second, angle)
+                matrix *= spacing / spacing[:, None]
             if resize < self.scale_probability:
                 matrix[:, moving] /= self.scales[0] + (self.scales[1] - self.scales[0]) * scale
-        return transforms
+        return torch.from_numpy(transforms)
 
     def _displacement(
         self, bent: Bool[Tensor, " row"], generator: Generator, device: torch.device
@@ -221,11 +226,12 @@ def _places(
     transforms: Float[Tensor, "row n n"],
     displacement: Float[Tensor, "row n *patch"] | None,
     device: torch.device,
-) -> list[Tensor]:
+) -> Float[Tensor, "row n *patch"]:
     """The position at which each voxel of the patch is read, in voxels from the middle of the cut.
 
     These are sums instead of a matrix product, because a product may run in TF32 on a GPU, with
-    errors of a fraction of a voxel.
+    errors of a fraction of a voxel. All axes are computed at once, because a GPU takes as long to
+    begin an operation as to do it.
 
     Args:
         patch_size: size of a patch, in voxels.
@@ -235,56 +241,61 @@ def _places(
         device: the device that computes.
 
     Returns:
-        For each axis, a tensor (row, *patch).
+        The position of each voxel along each axis.
     """
     num_axes = len(patch_size)
-    matrices = transforms.float().to(device, non_blocking=True)
-    along = []
-    for axis, size in enumerate(patch_size):
-        shape = [1] * (num_axes + 1)
-        shape[axis + 1] = size
-        offset = (torch.arange(size, device=device) - (size - 1) / 2).view(shape)
-        if displacement is not None:
-            offset = offset + displacement[:, axis]
-        along.append(offset)
-    places = []
-    for row in range(num_axes):
-        place = torch.zeros((), device=device)
-        for column, offset in enumerate(along):
-            place = place + matrices[:, row, column].view(-1, *[1] * num_axes) * offset
-        places.append(place)
+    offsets = [torch.arange(size, dtype=torch.float32) - (size - 1) / 2 for size in patch_size]
+    matrices = transforms.float()
+    # For each axis of the patch, its part of the position along every axis: (row, n, size).
+    along = [matrices[:, :, axis, None] * offset for axis, offset in enumerate(offsets)]
+    parts = torch.cat(along, dim=2).to(device, non_blocking=True).split(list(patch_size), dim=2)
+    places = torch.zeros((), device=device)
+    for axis, part in enumerate(parts):
+        shape = [1] * num_axes
+        shape[axis] = patch_size[axis]
+        places = places + part.reshape(*part.shape[:2], *shape)
+    if displacement is not None:
+        columns = matrices.to(device, non_blocking=True)
+        for axis in range(num_axes):
+            column = columns[:, :, axis].reshape(*columns.shape[:2], *[1] * num_axes)
+            places = places + column * displacement[:, axis, None]
     return places
 
 
 def _resample(
     image: Float[Tensor, "row channel *cut"],
     label: Integer[Tensor, "row *cut"],
-    places: Sequence[Tensor],
+    places: Float[Tensor, "row n *patch"],
 ) -> Batch:
-    cut = label.shape[1:]
+    cut, patch = label.shape[1:], places.shape[2:]
     # A stack of one slice is sampled in 2D, which takes torch a tenth of the time.
-    thin = [axis for axis, place in enumerate(places) if cut[axis] == place.shape[axis + 1] == 1]
+    thin = [axis for axis, size in enumerate(patch) if cut[axis] == size == 1]
     thin = thin if len(thin) == len(cut) - 2 else []
     wide = [axis for axis in range(len(cut)) if axis not in thin]
+
     # In grid_sample, the outer edges are -1 and 1, and the last axis comes first. The positions are
-    # written into one tensor, because torch.stack would take as long as the sampling.
-    flat = [place.squeeze([axis + 1 for axis in thin]) for place in places]
-    grid = torch.empty(*flat[0].shape, len(wide), device=image.device)
+    # written into one tensor, because another order would take as long as the sampling.
+    flat = [axis + 2 for axis in thin]
+    grid = torch.empty(len(places), *(patch[axis] for axis in wide), len(wide), device=image.device)
     for number, axis in enumerate(reversed(wide)):
-        torch.mul(flat[axis], 2 / cut[axis], out=grid[..., number])
+        along = places[:, axis].squeeze([each - 1 for each in flat])
+        torch.mul(along, 2 / cut[axis], out=grid[..., number])
     seen = F.grid_sample(
-        image.float().squeeze([axis + 2 for axis in thin]),
+        image.float().squeeze(flat),
         grid,
         mode="bilinear",
         padding_mode="border",
         align_corners=False,
     )
-    index = torch.zeros_like(places[0], dtype=torch.int32)
-    for place, extent in zip(places, cut, strict=True):
-        voxel = (place + (extent - 1) / 2).round_().clamp_(0, extent - 1)
-        index = index.mul_(extent).add_(voxel.int())
-    seen_label = label.flatten(1).gather(1, index.flatten(1).long()).view(index.shape)
-    seen = seen.view(*image.shape[:2], *index.shape[1:])
+    # Sums of whole numbers, which floating point holds exactly.
+    exact = torch.float32 if math.prod(cut) < EXACT_IN_FLOAT32 else torch.float64
+    index = torch.zeros((), dtype=exact, device=places.device)
+    for axis, extent in enumerate(cut):
+        voxel = (places[:, axis] + (extent - 1) / 2).round_().clamp_(0, extent - 1)
+        index = torch.add(voxel.to(exact), index, alpha=extent)
+    index = index.long()
+    seen_label = label.flatten(1).gather(1, index.flatten(1)).view(index.shape)
+    seen = seen.view(*image.shape[:2], *patch)
     return seen.to(image.dtype), seen_label
 
 
@@ -305,8 +316,8 @@ def _mirror(patches: Tensor, axes: Sequence[int], mirrored: Bool[Tensor, "row ax
     return patches.contiguous()
 
 
-def _rotation(num_axes: int, first: int, second: int, angle: float) -> Float[Tensor, "n n"]:
-    matrix = torch.eye(num_axes, dtype=torch.float64)
+def _rotation(num_axes: int, first: int, second: int, angle: float) -> Float64[ndarray, "n n"]:
+    matrix = np.eye(num_axes)
     matrix[first, first] = matrix[second, second] = math.cos(angle)
     matrix[first, second], matrix[second, first] = -math.sin(angle), math.sin(angle)
     return matrix

@@ -94,33 +94,42 @@ class ResidentPatches:
 
     def batch(self, numbers: Sequence[int]) -> Patch:
         """The patches with these numbers as one batch, in the form of PyTorch's loader."""
-        names, rows = [], []
+        names, places = [], []
         for number in numbers:
             case, start = self.patches.place(number, self.cases)
             names.append(case.name)
-            rows.append([self.first_voxels[case.folder], *start, *case.label.shape])
-        table = torch.tensor(rows)
-        if self.device.type == "cuda":
-            table = table.pin_memory()  # otherwise the CPU would wait for the copy
-        index = self._voxels(table.to(self.device, non_blocking=True))
+            places.append((self.first_voxels[case.folder], start, case.label.shape))
+        index = self._voxels(places)
         return {
             "name": names,
             "image": self.images[:, index].movedim(0, 1).contiguous(),
             "label": self.labels[index],
         }
 
-    def _voxels(self, table: Integer[Tensor, "batch 7"]) -> Integer[Tensor, "batch x y z"]:
-        """The index in the row of each voxel of each patch; outside a case, its outermost voxel."""
-        first, starts, shapes = table[:, 0], table[:, 1:4], table[:, 4:7]
-        index = torch.zeros((len(table), 1, 1, 1), dtype=torch.long, device=table.device)
-        for axis, count in enumerate(self.patches.cut_size):
-            steps = torch.arange(count, device=table.device)
-            along = (starts[:, axis, None] + steps).clamp(min=0)
-            along = torch.minimum(along, shapes[:, axis, None] - 1)
-            shape = [len(table), 1, 1, 1]
-            shape[axis + 1] = count
-            index = index * shapes[:, axis].view(-1, 1, 1, 1) + along.view(shape)
-        return index + first.view(-1, 1, 1, 1)
+    def _voxels(
+        self, places: Sequence[tuple[int, Sequence[int], Sequence[int]]]
+    ) -> Integer[Tensor, "batch x y z"]:
+        """The index in the row of each voxel of each patch; outside a case, its outermost voxel.
+
+        The index is a sum of one part for each axis, which the host computes.
+
+        Args:
+            places: for each patch, the index of its case's first voxel, the voxel of the case at
+                which the patch starts, and the shape of the case.
+        """
+        size = self.patches.cut_size
+        parts = np.empty((len(places), sum(size)), np.int64)
+        ends = list(accumulate(size))
+        for row, (first, start, shape) in zip(parts, places, strict=True):
+            for axis, along in enumerate(np.split(row, ends[:-1])):
+                voxels = np.arange(start[axis], start[axis] + size[axis])
+                along[:] = voxels.clip(0, shape[axis] - 1) * math.prod(shape[axis + 1 :])
+            row[: size[0]] += first
+        table = torch.from_numpy(parts)
+        if self.device.type == "cuda":
+            table = table.pin_memory()  # otherwise the CPU would wait for the copy
+        x, y, z = table.to(self.device, non_blocking=True).split(size, dim=1)
+        return x[:, :, None, None] + y[:, None, :, None] + z[:, None, None, :]
 
 
 class ResidentLoader:
