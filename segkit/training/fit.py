@@ -35,6 +35,7 @@ from segkit.training.kept_split import names_of
 from segkit.training.lightning_private import is_first_process
 from segkit.training.make_module import deadline_callbacks, make_budget, make_data, make_module
 from segkit.training.module import SegmentationModule
+from segkit.training.overfitting import fall_of_score
 from segkit.training.parts import TrainingParts, check_replaced, prepare, refuse_replaced
 from segkit.training.resume_state import ResumeState, record_in, record_of
 from segkit.training.run_folder import BEGUN, locked_run, new_run_folder
@@ -232,6 +233,8 @@ def trained(
     best = trainer.checkpoint_callback
     assert isinstance(best, ModelCheckpoint) and best.dirpath is not None
     step = _keep_best(config, best, network)
+    if step is None and is_first_process() and (fall := fall_of_score(trainer, best)):
+        logger.warning("%s", fall)
     model = Model(parts.description, network.eval(), first_stage)
     if not is_first_process():
         network.to("cpu")
