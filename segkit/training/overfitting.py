@@ -5,6 +5,8 @@ ones, because weights that were chosen by their score on the held-out cases woul
 too high.
 """
 
+from pathlib import Path
+
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -25,7 +27,7 @@ def fall_of_score(trainer: L.Trainer, best: ModelCheckpoint) -> str | None:
     highest = best.best_model_score
     if last is None or highest is None or not float(highest - last) >= LARGEST_FALL:
         return None
-    step = int(read_checkpoint(best.best_model_path)["global_step"])
+    step = int(read_checkpoint(Path(best.best_model_path))["global_step"])
     return (
         f"the score of the validations was best at step {step} ({float(highest):.3f}) and fell to "
         f"{float(last):.3f}: the network learns its training cases by heart; `--checkpoint best` "
