@@ -1,12 +1,15 @@
 """Train one config with each of several settings, and compare Dice, calibration and time.
 
-    python benchmarks/variants.py GROUP CONFIG.yaml [--steps 500] [--only NAME …] [--runs FOLDER]
+    python benchmarks/variants.py GROUP CONFIG.yaml [--steps 500] [--only NAME …] [--seed 0]
+        [--runs FOLDER]
     python benchmarks/variants.py --table
 
 GROUP is `losses`, `optimisers` or `attention`. Each variant is CONFIG with other settings. All
 variants of one config get the same cases, the same patches, the same first weights where the
 network is the same, and the same number of steps, so that other programs on the machine change
 nothing but the seconds. One seed: a difference of a few hundredths between two rows can be chance.
+Other seeds than 0 give rows of their own. If CONFIG names its held-out cases, they are the same for
+all seeds. `none, widened` has no attention, and as many weights as CONFIG, at the coarsest level.
 Results are added to benchmarks/variants.json. A variant that is there already is not trained again,
 and a stopped training is resumed.
 
@@ -26,12 +29,15 @@ import torch
 from rich.console import Console
 
 from segkit.config.load import changed, load_config
+from segkit.config.model import ModelDescription
 from segkit.config.training import Config
 from segkit.data.dataset import dataset_of
 from segkit.evaluation.overlap import mean_of_defined
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
+from segkit.model.build import build_network
 from segkit.model.file_names import CONFIG, SUMMARY
+from segkit.nn.cost import count_parameters
 from segkit.system.allocator import keep_freed_memory
 from segkit.system.progress import Tracker
 from segkit.training.fit import train
@@ -39,6 +45,7 @@ from segkit.training.resume import resume
 
 TABLE = Path(__file__).with_suffix(".json")
 DEFAULT = "default"
+WIDENED = "none, widened"
 
 
 def _terms(**weights: float) -> list[str]:
@@ -73,6 +80,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
     "attention": {
         DEFAULT: [],
         "none": ["network.attention={}"],
+        WIDENED: ["network.attention={}"],
         **{
             f"{place}: {kind}": _attention(place, kind)
             for place, kind in (
@@ -100,6 +108,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", type=Path)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--only", nargs="+")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs_variants"))
     parser.add_argument("--table", action="store_true", help="only print the tables")
     options = parser.parse_args()
@@ -109,13 +118,49 @@ def main() -> None:
         keep_freed_memory()
         config = load_config(options.config)
         for name in options.only or GROUPS[options.group]:
-            measure(name, GROUPS[options.group][name], config, options.steps, options.runs)
+            overrides = GROUPS[options.group][name]
+            if name == WIDENED:
+                overrides = [*overrides, f"network.channels={widened(config)}"]
+            measure(name, overrides, config, options.steps, options.runs, options.seed)
     print(tables())
 
 
-def measure(name: str, overrides: list[str], config: Config, steps: int, runs: Path) -> None:
+def widened(config: Config) -> list[int]:
+    """Channels of a network without attention that has at least as many weights as that of CONFIG.
+
+    Only the coarsest level is wider.
+    """
+    channels = [width if isinstance(width, int) else width[-1] for width in config.network.channels]
+    wanted = weights_of(config)
+    while True:
+        plain = ["network.attention={}", f"network.channels={channels}"]
+        if weights_of(changed(config, plain)) >= wanted:
+            return channels
+        channels[-1] += 1
+
+
+def weights_of(config: Config) -> int:
+    """Number of weights of a network for one channel and two classes."""
+    description = ModelDescription(
+        segkit="benchmark",
+        run="benchmark",
+        channels=["image"],
+        labels={"background": 0, "one": 1},
+        network=config.network,
+        spacing=(1.0, 1.0, 1.0),
+        normalisation=[{"kind": "zscore"}],  # type: ignore[list-item]
+        slices="axial",
+        patch_size=list(config.data.patch_size or ()),
+    )
+    return count_parameters(build_network(description))
+
+
+def measure(
+    name: str, overrides: list[str], config: Config, steps: int, runs: Path, seed: int
+) -> None:
     """Train a variant if it is not in the table, and add it."""
     dataset = dataset_of(config.data).folder.name
+    name = f"{name}, seed {seed}" if seed else name
     key = f"{dataset} {config.network.spatial_dims}D, {steps} steps/{name}"
     if key in known():
         return
@@ -132,6 +177,7 @@ def measure(name: str, overrides: list[str], config: Config, steps: int, runs: P
             f"name={folder.name}",
             f"train.steps={steps}",
             "train.minutes=null",
+            f"train.seed={seed}",
             f"train.validate_every={steps}",
             "train.calibrate=true",
             f"data.cache={runs / '.cache'}",
