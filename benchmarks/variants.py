@@ -93,7 +93,8 @@ GROUPS: dict[str, dict[str, list[str]]] = {
                 ("encoder", "epa"),
                 ("bottleneck", "self_attention"),
                 ("bottleneck", "transformer"),
-                ("bottleneck", "{kind: self_attention, window: [4, 4, 4], shift: true}"),
+                ("bottleneck", "{kind: self_attention, window: [4, 4, 4], shift: true}"),  # 3D
+                ("bottleneck", "{kind: self_attention, window: [4, 4], shift: true}"),  # 2D
             )
         },
         "MedNeXt blocks, no attention": ["network.attention={}", "network.block=mednext"],
