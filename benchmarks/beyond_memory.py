@@ -1,70 +1,57 @@
-"""Time to draw batches from prepared cases that memory does not hold, against cases that it holds.
+"""Steps of a training whose prepared cases memory does not hold, against one that it does hold.
 
-A data set larger than memory is stood in for by eviction: before each batch, the kernel is told to
-drop all prepared files from its page cache (posix_fadvise, DONTNEED), so every patch is read from
-the disk. Compared are the seconds per batch, and per batch and step if a step of training takes
-STEP seconds while one process draws the next batch.
+    python benchmarks/beyond_memory.py DATASET [--dims 3] [--minutes 4] [--steps 160]
 
-python benchmarks/beyond_memory.py [NUM_CASES] [SIZE] [PATCH] [FOLDER]
+DATASET is planned for these minutes and trained for these steps, as `segkit train` does it. The
+steps alternate in blocks of ten. In every second block, all prepared files are dropped from the
+kernel's page cache before each batch is drawn (posix_fadvise, DONTNEED), so that every patch is
+read from the disk: a data set of which memory holds nothing. In the other blocks, all files are in
+the page cache. The time of dropping and of filling the cache does not count. Linux only.
 """
 
+import argparse
+import json
 import os
 import statistics
-import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import lightning as L
+from lightning.pytorch.callbacks import Callback
 
-from segkit.data.patches import ForegroundSampler, PatchDataset
-from segkit.data.prepared_cache import StoredCase, write_arrays
+import segkit
+from segkit.config.load import changed
 
-BATCH, BATCHES = 2, 40
-STEP = 0.3
-"""Seconds of a training step of a small network on two CPU cores."""
-
-
-def main() -> None:
-    """Write the cases, draw the same batches from memory and from the disk, and print the ratio."""
-    given = [int(word) for word in sys.argv[1:4]]
-    count, size, patch = [*given, *(24, 192, 64)[len(given) :]]
-    folder = Path(sys.argv[4] if len(sys.argv) > 4 else "beyond_memory")
-    cases = [stored(folder / f"case_{number:03d}", size, number) for number in range(count)]
-    files = [file for case in cases for file in case.folder.iterdir()]
-    total = sum(file.stat().st_size for file in files)
-    patches = PatchDataset(
-        cases,
-        patch_size=(patch,) * 3,
-        sampler=ForegroundSampler((patch,) * 3, 0.33),
-        seed=0,
-    )
-    for file in files:  # into the page cache
-        file.read_bytes()
-    held = [seconds_of_batch(patches, number) for number in range(BATCHES)]
-    evicted = []
-    for number in range(BATCHES):
-        for file in files:
-            evict(file)
-        evicted.append(seconds_of_batch(patches, number))
-    warm, cold = statistics.median(held), statistics.median(evicted)
-    print(f"{count} cases of {size}³, {total / 1e9:.2f} GB; patches of {patch}³, {BATCH} a batch")
-    print(f"in memory: {1000 * warm:.1f} ms a batch; evicted: {1000 * cold:.1f} ms; medians")
-    print(f"drawing alone takes {cold / warm:.2f} times as long")
-    behind = max(STEP, cold) / max(STEP, warm)
-    print(f"training that draws beside steps of {STEP} s takes {behind:.2f} times as long")
-    print(f"training that draws between steps takes {(STEP + cold) / (STEP + warm):.2f} times")
+BLOCK = 10
 
 
-def stored(folder: Path, size: int, seed: int) -> StoredCase:
-    """A prepared case of noise, with a ball as the only structure."""
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        random = np.random.default_rng(seed)
-        image = random.standard_normal((1, size, size, size), dtype=np.float32)
-        axis = np.arange(size) - size / 2
-        x, y, z = np.meshgrid(axis, axis, axis, indexing="ij", sparse=True)
-        write_arrays(folder, image, ((x**2 + y**2 + z**2) < (size / 8) ** 2).astype(np.uint8))
-    return StoredCase(folder.name, folder)
+class Evictions(Callback):
+    """Empties the page cache of these files before each batch of every second block of steps."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self.steps = 0
+        self.started: float | None = None
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Note the time of the step, and prepare the cache for the next batch."""
+        if self.started is not None:
+            # The step drew the batch after it, because one batch is drawn ahead.
+            self.seconds[self._evicted].append(time.perf_counter() - self.started)
+        self.steps += 1
+        for file in self.files:
+            if self._evicted:
+                evict(file)
+            elif self.steps % BLOCK == 0:
+                file.read_bytes()
+        self.started = time.perf_counter() if self.steps >= BLOCK else None
+
+    @property
+    def _evicted(self) -> bool:
+        return self.steps // BLOCK % 2 == 1
 
 
 def evict(file: Path) -> None:
@@ -77,12 +64,51 @@ def evict(file: Path) -> None:
         os.close(descriptor)
 
 
-def seconds_of_batch(patches: PatchDataset, number: int) -> float:
-    """Seconds to draw one batch."""
-    started = time.perf_counter()
-    for index in range(BATCH * number, BATCH * (number + 1)):
-        patches[index]
-    return time.perf_counter() - started
+def main() -> None:
+    """Train and print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--dims", type=int, choices=(2, 3))
+    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--steps", type=int, default=160)
+    options = parser.parse_args()
+    # Not in /tmp, which may be in memory.
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as temporary:
+        folder = Path(temporary)
+        planned = segkit.plan_dataset(
+            options.dataset, minutes=options.minutes, spatial_dims=options.dims, runs=folder
+        )
+        config = changed(
+            planned.config,
+            [
+                f"data.cache={folder / 'cache'}",
+                f"train.steps={options.steps}",
+                f"train.validate_every={options.steps}",
+                "train.minutes=null",
+                "train.validation_cases=0",
+                "train.pictures=0",
+                "trainer.accelerator=cpu",
+            ],
+        )
+        parts = segkit.prepare(config, runs=folder)
+        files = [file for case in parts.cases for file in case.folder.iterdir()]
+        evictions = Evictions(files)
+        segkit.fit(parts, runs=folder, callbacks=[evictions])
+        size = sum(file.stat().st_size for file in files)
+    held, evicted = (statistics.median(evictions.seconds[each]) for each in (False, True))
+    figures = {
+        "dataset": options.dataset.name,
+        "prepared_GB": round(size / 1e9, 2),
+        "patch": config.data.patch_size,
+        "batch": config.data.batch_size,
+        "seconds_of_step": {"held": round(held, 4), "evicted": round(evicted, 4)},
+        "steps": {
+            name: len(evictions.seconds[each])
+            for name, each in (("held", False), ("evicted", True))
+        },
+        "ratio": round(evicted / held, 3),
+    }
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
