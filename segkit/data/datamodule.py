@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from segkit.data.drawn_ahead import DrawnAhead
 from segkit.data.patches import Patch, PatchDataset, indexable
 from segkit.data.prepared_cache import StoredCase
 from segkit.data.resident import ResidentCases, ResidentLoader, ResidentPatches, fits
@@ -85,7 +86,8 @@ class SegmentationData(L.LightningDataModule):
         steps_per_epoch: number of steps between two validations.
         batches_per_step: number of batches whose gradients make one step.
         workers: number of processes that cut patches for each training process. `auto` is 0 if the
-            CPU trains, and otherwise the number of the other cores, up to 12.
+            CPU trains, and otherwise the number of the other cores, up to 12. With 0, a CPU cuts
+            them in a thread, one batch ahead.
     """
 
     def __init__(
@@ -127,6 +129,8 @@ class SegmentationData(L.LightningDataModule):
             patches = ResidentPatches(self.patches, device)
             return ResidentLoader(patches, sampler, self.batch_size)
         workers = workers_for(device) if self.workers == "auto" else self.workers
+        if workers == 0 and device.type == "cpu":
+            return DrawnAhead(self.patches, sampler, self.batch_size)
         return DataLoader(
             self.patches,
             batch_size=self.batch_size,

@@ -4,6 +4,8 @@ Patch i of a run depends only on the seed and on i, not on earlier patches. So t
 does not matter, and a resumed run continues with the same patches.
 """
 
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -212,5 +214,34 @@ def cut(array: ndarray, start: Sequence[int], size: Sequence[int]) -> ndarray:
         inside.append(slice(low, high))
         beyond.append((low - first, first + count - high))
     lead = array.ndim - 3
+    read_ahead(array, inside)
     block = array[(*[slice(None)] * lead, *inside)]
     return np.pad(block, [*[(0, 0)] * lead, *beyond], mode="edge")
+
+
+def read_ahead(array: ndarray, region: Sequence[slice]) -> None:
+    """Have the kernel read a block of a mapped file at once, in the background.
+
+    Otherwise each row of a block that is not in memory is read from the disk only when the row
+    before it has arrived. Other arrays than mapped files of numbers in C order are left as they
+    are.
+
+    Args:
+        array: an array whose last axes are x, y and z.
+        region: the block: a slice of each of these axes.
+    """
+    file = getattr(array, "_mmap", None)
+    if file is None or not array.flags.c_contiguous or not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    assert isinstance(array, np.memmap)
+    begin = array.offset % mmap.ALLOCATIONGRANULARITY  # of the array in its mapping
+    x, y, z = region
+    plane = array.shape[-2] * array.shape[-1] * array.itemsize
+    row = array.shape[-1] * array.itemsize
+    first = y.start * row + z.start * array.itemsize
+    length = (y.stop - y.start - 1) * row + (z.stop - z.start) * array.itemsize
+    for channel in range(math.prod(array.shape[:-3])):
+        for number in range(x.start, x.stop):
+            at = begin + (channel * array.shape[-3] + number) * plane + first
+            page = at - at % mmap.PAGESIZE
+            file.madvise(mmap.MADV_WILLNEED, page, at + length - page)

@@ -14,7 +14,6 @@ from segkit.config.pictures import PicturesConfig
 from segkit.data.case_facts import CASES_PER_PROCESS
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.errors import counted, printable
-from segkit.planning import nnunet_rules as rules
 from segkit.planning.budget_fit import Steps
 from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import (
@@ -166,23 +165,22 @@ def planning_task(
 
 
 def _in_slices_if_time_is_short(task: PlanningTask) -> PlanningTask:
-    """The task in 2D, if time leaves a 3D patch that holds little of an image.
+    """The task in 2D, if time leaves at most half of the 3D patch that fits the memory.
 
-    If it is the memory that keeps the patch so small, the task stays in 3D, because nnU-Net trains
-    two stages then.
+    If it is the memory that keeps a patch small, the task stays in 3D, because nnU-Net trains two
+    stages then.
     """
     if not task.timed or task.spatial_dims == 2:
         return task
     numbers = task.fingerprint.numbers()
     plan = task.plan()
     roomy = plan_for_memory(numbers, spatial_dims=3, gigabytes=task.gigabytes)
-    image = math.prod(rules.median_shape(numbers.spacings, numbers.shapes, plan.spacing))
     patch, possible = math.prod(plan.patch_size), math.prod(roomy.patch_size)
-    if not rules.needs_low_resolution(plan.patch_size, image) or 2 * patch > possible:
+    if 2 * patch > possible:
         return task
     why = (
         f" Slices, as {counted(task.minutes, 'minute')} leave a 3D patch of "
-        f"{'x'.join(map(str, plan.patch_size))}, which holds {patch / image:.2g} of the median "
-        f"image; more minutes or --dims 3 train in 3D."
+        f"{'x'.join(map(str, plan.patch_size))}, which holds {patch / possible:.2g} of the patch "
+        f"that fits the memory; more minutes or --dims 3 train in 3D."
     )
     return replace(task, spatial_dims=2, why_slices=why)

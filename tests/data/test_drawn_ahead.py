@@ -1,0 +1,83 @@
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from segkit.data.datamodule import ConsecutiveSampler
+from segkit.data.drawn_ahead import DrawnAhead
+from segkit.data.patches import ForegroundSampler, Patch, PatchDataset
+from segkit.data.prepared_cache import StoredCase, write_arrays
+from segkit.errors import DatasetError
+
+SIZE = (6, 5, 4)
+
+
+@pytest.fixture
+def patches(tmp_path: Path) -> PatchDataset:
+    random = np.random.default_rng(0)
+    for number in range(3):
+        image = random.normal(size=(2, 9, 8, 7)).astype(np.float32)
+        write_arrays(tmp_path / f"case_{number}", image, (image[0] > 0.5).astype(np.uint8))
+    cases = [StoredCase(f"case_{number}", tmp_path / f"case_{number}") for number in range(3)]
+    return PatchDataset(cases, patch_size=SIZE, sampler=ForegroundSampler(SIZE, 0.5), seed=3)
+
+
+def sampler(done: int = 0) -> ConsecutiveSampler:
+    return ConsecutiveSampler(7, rank=0, num_processes=1, done=lambda: done)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 9])
+@pytest.mark.parametrize("done", [0, 3])
+def test_batches_are_those_of_pytorchs_loader_bit_for_bit(
+    batch_size: int, done: int, patches: PatchDataset
+) -> None:
+    expected = list(DataLoader(patches, batch_size=batch_size, sampler=sampler(done)))
+    loader = DrawnAhead(patches, sampler(done), batch_size)
+    found = list(loader)
+    assert len(loader) == -(-7 // batch_size) and len(found) == len(expected) > 0
+    for one, two in zip(found, expected, strict=True):
+        assert one["name"] == two["name"]
+        assert torch.equal(one["image"], two["image"]) and torch.equal(one["label"], two["label"])
+        assert one["image"].dtype == two["image"].dtype
+
+
+def test_a_batch_is_drawn_while_the_one_before_it_is_used(patches: PatchDataset) -> None:
+    drawn = threading.Event()
+    numbers = []
+    cut = PatchDataset.__getitem__
+
+    class Watched(PatchDataset):
+        def __getitem__(self, index: int) -> Patch:
+            numbers.append(index)
+            patch = cut(self, index)
+            if index == 3:
+                drawn.set()
+            return patch
+
+    watched = Watched(patches.cases, patch_size=SIZE, sampler=patches.sampler, seed=3)
+    batches = iter(DrawnAhead(watched, sampler(), 2))
+    next(batches)
+    assert drawn.wait(20)  # the second batch, though nobody has asked for it
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert numbers[:4] == [0, 1, 2, 3] and max(numbers) <= 5
+    assert not [thread for thread in threading.enumerate() if "segkit-patches" in thread.name]
+
+
+def test_an_error_is_raised_where_the_batch_is_used(patches: PatchDataset) -> None:
+    damaged = sorted({patches[number]["name"] for number in range(7)})[0]
+    whole = [number for number in range(7) if patches[number]["name"] != damaged]
+    (patches.cases[0].folder.parent / damaged / "image.npy").write_bytes(b"damaged")
+    batches = iter(DrawnAhead(patches, sampler(), 1))
+    found = []
+    with pytest.raises(DatasetError, match="damaged"):
+        for batch in batches:
+            found.append(batch["name"])
+    assert len(found) == next(number for number in range(7) if number not in whole)
+
+
+def test_an_epoch_without_patches_is_empty(patches: PatchDataset) -> None:
+    assert list(DrawnAhead(patches, ConsecutiveSampler(0, rank=0, num_processes=1), 2)) == []
