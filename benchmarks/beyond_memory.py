@@ -6,7 +6,9 @@ DATASET is planned for these minutes and trained for these steps, as `segkit tra
 steps alternate in blocks of ten. In every second block, all prepared files are dropped from the
 kernel's page cache before each batch is drawn (posix_fadvise, DONTNEED), so that every patch is
 read from the disk: a data set of which memory holds nothing. In the other blocks, all files are in
-the page cache. The time of dropping and of filling the cache does not count. Linux only.
+the page cache. The time of dropping and of filling the cache does not count. Before the training,
+batches are drawn alone: if drawing one from the disk takes longer than a step, a thread cannot hide
+it, and part of it would fall into the time that does not count. Linux only.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from lightning.pytorch.callbacks import Callback
 
 import segkit
 from segkit.config.load import changed
+from segkit.data.patches import PatchDataset
+from segkit.training.make_module import make_data
 
 BLOCK = 10
 
@@ -64,6 +68,22 @@ def evict(file: Path) -> None:
         os.close(descriptor)
 
 
+def seconds_of_batch(patches: PatchDataset, size: int, files: list[Path], cold: bool) -> float:
+    """Median seconds to draw one of ten batches, from an empty or from a full page cache."""
+    seconds = []
+    for number in range(10):
+        for file in files:
+            if cold:
+                evict(file)
+            else:
+                file.read_bytes()
+        started = time.perf_counter()
+        for index in range(size * number, size * (number + 1)):
+            patches[index]
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
 def main() -> None:
     """Train and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -92,6 +112,11 @@ def main() -> None:
         )
         parts = segkit.prepare(config, runs=folder)
         files = [file for case in parts.cases for file in case.folder.iterdir()]
+        patches, batch = make_data(parts, config).patches, config.data.batch_size
+        drawing = {
+            name: round(seconds_of_batch(patches, batch, files, cold), 4)
+            for name, cold in (("held", False), ("evicted", True))
+        }
         evictions = Evictions(files)
         segkit.fit(parts, runs=folder, callbacks=[evictions])
         size = sum(file.stat().st_size for file in files)
@@ -101,6 +126,7 @@ def main() -> None:
         "prepared_GB": round(size / 1e9, 2),
         "patch": config.data.patch_size,
         "batch": config.data.batch_size,
+        "seconds_of_drawing": drawing,
         "seconds_of_step": {"held": round(held, 4), "evicted": round(evicted, 4)},
         "steps": {
             name: len(evictions.seconds[each])

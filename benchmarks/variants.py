@@ -120,13 +120,16 @@ def main() -> None:
         config = load_config(options.config)
         for name in options.only or GROUPS[options.group]:
             overrides = GROUPS[options.group][name]
+            dims = config.network.spatial_dims
+            if "window:" in name and name.count(",") != dims + 1:
+                continue  # these windows have another number of axes
             if name == WIDENED:
                 overrides = [*overrides, f"network.channels={widened(config)}"]
             measure(name, overrides, config, options.steps, options.runs, options.seed)
     print(tables())
 
 
-def widened(config: Config) -> list[int]:
+def widened(config: Config) -> list[int | list[int]]:
     """Channels of a network without attention that has at least as many weights as that of CONFIG.
 
     Only the coarsest level is wider.
@@ -215,7 +218,6 @@ def tables() -> str:
         groups.setdefault(task, {})[name] = row
     lines = []
     for task, rows in groups.items():
-        default = rows.get(DEFAULT)
         lines += [
             f"\n{task}\n",
             "| variant | Dice | against default | cases better | ECE | temperature | ECE after |",
@@ -224,7 +226,9 @@ def tables() -> str:
         for name, row in rows.items():
             heat = row["temperature"] or {}
             ece = heat.get("ece_in_question") or {"before": float("nan"), "after": float("nan")}
-            beside = _beside(row, default) if default and name != DEFAULT else " | "
+            variant, _, seed = name.partition(", seed ")
+            default = rows.get(f"{DEFAULT}, seed {seed}" if seed else DEFAULT)
+            beside = _beside(row, default) if default and variant != DEFAULT else " | "
             lines.append(
                 f"| {name} | {row['mean_dice']:.3f} | {beside} | {ece['before']:.3f} "
                 f"| {heat.get('value', float('nan')):.2f} | {ece['after']:.3f} |"
@@ -234,7 +238,8 @@ def tables() -> str:
 
 def _beside(row: dict[str, Any], default: dict[str, Any]) -> str:
     """Mean difference of Dice from the default, and in how many cases it is positive."""
-    gains = [row["dice"][case] - default["dice"][case] for case in default["dice"]]
+    both = [case for case in default["dice"] if case in row["dice"]]
+    gains = [row["dice"][case] - default["dice"][case] for case in both]
     if not gains:
         return " | "
     return f"{statistics.mean(gains):+.3f} | {sum(gain > 0 for gain in gains)} of {len(gains)}"

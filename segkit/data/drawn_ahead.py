@@ -23,6 +23,7 @@ class DrawnAhead:
 
     def __init__(self, patches: PatchDataset, sampler: Sampler[int], batch_size: int) -> None:
         self.patches = patches
+        self.dataset = patches
         self.numbers = sampler  # with the name `sampler`, Lightning would expect a DataLoader
         self.batch_size = batch_size
 

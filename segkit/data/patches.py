@@ -7,6 +7,7 @@ does not matter, and a resumed run continues with the same patches.
 import math
 import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,8 +28,9 @@ PatchSampler = Callable[
 """A function that draws the place of a patch, from all cases, the number of the patch and a
 generator that only this patch uses. It returns a case and the voxel (x, y, z) at the centre.
 
-Part of the patch must lie in the volume. With `data.workers` the sampler is pickled, so it must be
-a function or class at the top level of a module.
+Part of the patch must lie in the volume. The result must depend only on the arguments, because
+patches are drawn ahead, in a thread or in other processes. With `data.workers` the sampler is
+pickled, so it must be a function or class at the top level of a module.
 """
 
 
@@ -240,8 +242,10 @@ def read_ahead(array: ndarray, region: Sequence[slice]) -> None:
     row = array.shape[-1] * array.itemsize
     first = y.start * row + z.start * array.itemsize
     length = (y.stop - y.start - 1) * row + (z.stop - z.start) * array.itemsize
-    for channel in range(math.prod(array.shape[:-3])):
-        for number in range(x.start, x.stop):
-            at = begin + (channel * array.shape[-3] + number) * plane + first
-            page = at - at % mmap.PAGESIZE
-            file.madvise(mmap.MADV_WILLNEED, page, at + length - page)
+    # It is only advice: a kernel or a file system that refuses it reads the block all the same.
+    with suppress(OSError):
+        for channel in range(math.prod(array.shape[:-3])):
+            for number in range(x.start, x.stop):
+                at = begin + (channel * array.shape[-3] + number) * plane + first
+                page = at - at % mmap.PAGESIZE
+                file.madvise(mmap.MADV_WILLNEED, page, at + length - page)

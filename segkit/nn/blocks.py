@@ -116,7 +116,6 @@ class ConvolutionBlock(nn.Module):
         layers = iter(self.layers)
         for convolve in layers:
             norm, activation = next(layers), next(layers)
-            assert isinstance(convolve, nn.Conv2d | nn.Conv3d)
             features = normalise_and_activate(
                 norm, activation, _convolved(convolve, norm, features)
             )
@@ -130,20 +129,17 @@ def _convolved(convolve: nn.Module, norm: nn.Module, features: Tensor) -> Tensor
     """
     if not cancels_bias(norm, features):
         return convolve(features)
-    assert isinstance(convolve, nn.Conv2d | nn.Conv3d)
-    bias = convolve.bias
-    if bias is None or convolve._forward_hooks or convolve._forward_pre_hooks:
-        return convolve(features)
-    output = CONV_FUNCTION[features.ndim - 2](
-        features,
-        convolve.weight,
-        None,
-        convolve.stride,
-        convolve.padding,
-        convolve.dilation,
-        convolve.groups,
+    # Only PyTorch's own layers, of which nobody watches or replaces the forward or backward pass.
+    watched = (
+        convolve._forward_hooks
+        or convolve._forward_pre_hooks
+        or convolve._backward_hooks
+        or convolve._backward_pre_hooks
     )
-    cancelled: Tensor = _WithCancelledBias.apply(output, bias)  # type: ignore[no-untyped-call]
+    if type(convolve) not in (nn.Conv2d, nn.Conv3d) or convolve.bias is None or watched:
+        return convolve(features)
+    output = convolve._conv_forward(features, convolve.weight, None)  # it knows the kind of padding
+    cancelled: Tensor = _WithCancelledBias.apply(output, convolve.bias)  # type: ignore[no-untyped-call]
     return cancelled
 
 

@@ -1,8 +1,8 @@
 """Concatenation of features along their channels, with full memory speed on a GPU.
 
 PyTorch (2.11) has no kernel of its own to concatenate 3D features that are stored channels last. It
-copies each part number by number, in the backward pass too: a tenth of a training step on an H200.
-Here a copy moves 16 bytes at a time.
+copies each part number by number, in the backward pass too. Here a copy moves 16 bytes at a time,
+which makes a training step on an H200 one or two per cent shorter.
 """
 
 from collections.abc import Sequence
@@ -81,6 +81,8 @@ class _Concatenate(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, ...]:
         widths: list[int] = ctx.widths  # type: ignore[attr-defined]
         gradient = gradients[0].contiguous(memory_format=CHANNELS_LAST[gradients[0].ndim])
+        if gradient.storage_offset() * gradient.itemsize % WIDE.itemsize:
+            gradient = gradient.clone(memory_format=CHANNELS_LAST[gradient.ndim])
         batch, _, *space = gradient.shape
         pieces = [width * gradient.itemsize // WIDE.itemsize for width in widths]
         found = []

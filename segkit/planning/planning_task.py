@@ -165,7 +165,7 @@ def planning_task(
 
 
 def _in_slices_if_time_is_short(task: PlanningTask) -> PlanningTask:
-    """The task in 2D, if time leaves at most half of the 3D patch that fits the memory.
+    """The task in 2D, if time leaves at most half of the 3D patch that fits 8 GB or less memory.
 
     If it is the memory that keeps a patch small, the task stays in 3D, because nnU-Net trains two
     stages then.
@@ -174,13 +174,15 @@ def _in_slices_if_time_is_short(task: PlanningTask) -> PlanningTask:
         return task
     numbers = task.fingerprint.numbers()
     plan = task.plan()
-    roomy = plan_for_memory(numbers, spatial_dims=3, gigabytes=task.gigabytes)
+    # Not of more memory, which would make any patch small beside it.
+    gigabytes = min(task.gigabytes, DEFAULT_MEMORY / 1e9)
+    roomy = plan_for_memory(numbers, spatial_dims=3, gigabytes=gigabytes)
     patch, possible = math.prod(plan.patch_size), math.prod(roomy.patch_size)
     if 2 * patch > possible:
         return task
     why = (
         f" Slices, as {counted(task.minutes, 'minute')} leave a 3D patch of "
         f"{'x'.join(map(str, plan.patch_size))}, which holds {patch / possible:.2g} of the patch "
-        f"that fits the memory; more minutes or --dims 3 train in 3D."
+        f"that {gigabytes:g} GB hold; more minutes or --dims 3 train in 3D."
     )
     return replace(task, spatial_dims=2, why_slices=why)

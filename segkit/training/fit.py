@@ -233,8 +233,6 @@ def trained(
     best = trainer.checkpoint_callback
     assert isinstance(best, ModelCheckpoint) and best.dirpath is not None
     step = _keep_best(config, best, network)
-    if step is None and is_first_process() and (fall := fall_of_score(trainer, best)):
-        logger.warning("%s", fall)
     model = Model(parts.description, network.eval(), first_stage)
     if not is_first_process():
         network.to("cpu")
@@ -278,6 +276,8 @@ def trained(
     if temperature is not None:
         summary["temperature"] = temperature.as_json()
     write_json(folder / SUMMARY, summary)
+    if step is None and (fall := fall_of_score(trainer, best)):
+        logger.warning("%s", fall)
     network.to("cpu")
     return Run(folder, summary, model)
 

@@ -1,8 +1,8 @@
 """A warning if the held-out cases were segmented better before the end of training.
 
-Then the network has begun to learn its training cases by heart. The final weights stay the last
-ones, because weights that were chosen by their score on the held-out cases would make this score
-too high.
+Then the network may have begun to learn its training cases by heart. The final weights stay the
+last ones, because weights that were chosen by their score on the held-out cases would make this
+score too high.
 """
 
 from pathlib import Path
@@ -24,12 +24,15 @@ def fall_of_score(trainer: L.Trainer, best: ModelCheckpoint) -> str | None:
         best: its callback that keeps the checkpoint with the best score.
     """
     last = trainer.callback_metrics.get(best.monitor or "")
-    highest = best.best_model_score
+    highest, path = best.best_model_score, Path(best.best_model_path)
     if last is None or highest is None or not float(highest - last) >= LARGEST_FALL:
         return None
-    step = int(read_checkpoint(Path(best.best_model_path))["global_step"])
+    if not path.is_file():  # somebody has removed it
+        return None
+    step = int(read_checkpoint(path)["global_step"])
     return (
-        f"the score of the validations was best at step {step} ({float(highest):.3f}) and fell to "
-        f"{float(last):.3f}: the network learns its training cases by heart; `--checkpoint best` "
-        f"uses the weights of step {step}, and train.patience ends a training there"
+        f"the score of the validations was best at step {step} ({float(highest):.3f}) and is "
+        f"{float(last):.3f} at the end: this may be chance, or the network may learn its training "
+        f"cases by heart; `--checkpoint best` uses the weights of step {step}, and train.patience "
+        f"ends a training there"
     )

@@ -67,6 +67,18 @@ def test_a_cut_is_the_same_from_a_file_and_from_memory(mapped: bool, tmp_path: P
     assert (found == inside).all()
 
 
+def test_advice_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    class Refusing:
+        def madvise(self, *_: int) -> None:
+            raise OSError(38, "Function not implemented")
+
+    values = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    np.save(tmp_path / "array.npy", values)
+    array: Any = np.load(tmp_path / "array.npy", mmap_mode="r")
+    array._mmap = Refusing()
+    assert (cut(array, (1, 1, 1), (2, 2, 2)) == values[1:3, 1:3, 1:3]).all()
+
+
 def test_views_in_another_order_are_left_as_they_are(tmp_path: Path) -> None:
     np.save(tmp_path / "array.npy", np.zeros((4, 5, 6), np.float32))
     array: Any = np.load(tmp_path / "array.npy", mmap_mode="r")

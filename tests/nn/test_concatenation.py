@@ -58,6 +58,16 @@ def test_a_gradient_in_another_order_is_put_in_order(monkeypatch: pytest.MonkeyP
     assert all(map(torch.equal, found, gradient.split([8, 16], dim=1)))
 
 
+def test_a_gradient_that_begins_between_two_pieces_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(concatenation, "WIDE_DEVICE", "cpu")
+    parts = parts_of([8, 8], 1, (1, 1), torch.float32)
+    gradient = torch.randn(17)[1:].view(1, 16, 1, 1)
+    found = torch.autograd.grad(concatenate_channels(parts), parts, gradient)
+    assert all(map(torch.equal, found, gradient.split(8, dim=1)))
+
+
 def test_features_that_are_not_whole_pieces_of_16_bytes_are_concatenated_by_pytorch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

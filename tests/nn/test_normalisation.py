@@ -285,8 +285,39 @@ def test_a_bias_that_a_fused_normalisation_cancels_is_left_out_and_its_gradient_
             torch.testing.assert_close(ours.grad.double(), theirs, rtol=1e-3, atol=1e-4)
     told = []
     block.layers[0].register_forward_hook(lambda *_: told.append(1))
-    block(image)
-    assert told == [1]
+    block.layers[3].register_full_backward_hook(lambda *_: told.append(2))
+    block(image).sum().backward()
+    assert told == [1, 2]
+
+
+class Doubled(nn.Conv3d):
+    """A convolution that computes something of its own."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return 2 * super().forward(features) ** 2
+
+
+@pytest.mark.parametrize("own", ["padding", "subclass", "wrapper"])
+def test_a_convolution_of_another_kind_computes_what_it_says_also_if_fused(
+    own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planted(
+        features: Tensor, weight: Tensor, bias: Tensor, *, eps: float, slope: float
+    ) -> Tensor:
+        return F.leaky_relu(F.instance_norm(features, weight=weight, bias=bias, eps=eps), slope)
+
+    torch.manual_seed(0)
+    block = ConvolutionBlock(3, 2, widths=(4,), kernel=(3, 3, 3))
+    given = {"padding_mode": "replicate"} if own == "padding" else {}
+    kind = Doubled if own == "subclass" else nn.Conv3d
+    layer: nn.Module = kind(2, 4, 3, padding=1, **given)
+    block.layers[0] = nn.Sequential(layer) if own == "wrapper" else layer
+    image = torch.randn(2, 2, 6, 5, 4)
+    expected = block(image)
+    monkeypatch.setattr(normalisation, "_normalise_and_leak", lambda: planted)
+    monkeypatch.setattr(normalisation, "FUSED_DEVICE", "cpu")
+    fuse_normalisation(block)
+    torch.testing.assert_close(block(image), expected, rtol=1e-4, atol=1e-5)
 
 
 def _noted(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[..., Tensor]:

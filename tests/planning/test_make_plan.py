@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from segkit.nn.network import SegmentationNetwork
 from segkit.planning import planned_seconds, planning_task
 from segkit.planning.make_plan import Planned, plan_dataset
 from segkit.planning.planning_task import Preset
+from segkit.system.progress import untracked
 from segkit.training.fit import train
 from tests.small import magnified, small_dataset
 
@@ -203,6 +205,40 @@ def test_volumes_are_planned_in_slices_if_time_leaves_a_small_patch(
     assert ("Slices, as 4 minutes leave a 3D patch of" in told) == (planned_dims == 2)
     if planned_dims == 2:
         assert planned.low is None and planned.config.data.slices is not None
+
+
+@pytest.mark.parametrize(
+    ("shrunk", "gigabytes", "planned_dims"),
+    [
+        ((64, 64, 32), 8.0, 2),  # half of the patch that fits, and more than a quarter of an image
+        ((64, 64, 40), 8.0, 3),
+        ((64, 64, 40), 64.0, 3),  # more memory never leads to slices
+        ((64, 64, 32), 64.0, 2),
+    ],
+)
+def test_volumes_are_planned_in_slices_if_time_takes_half_of_the_patch(
+    shrunk: tuple[int, int, int],
+    gigabytes: float,
+    planned_dims: int,
+    large: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fitting(*_: object, gigabytes: float, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(patch_size=(64, 64, 64) if gigabytes <= 8 else (256, 256, 256))
+
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e9)
+    monkeypatch.setattr(planning_task, "plan_for_memory", fitting)
+    monkeypatch.setattr(
+        planning_task.PlanningTask, "plan", lambda self: SimpleNamespace(patch_size=shrunk)
+    )
+    task = planning_task.planning_task(
+        planning_task.source_of(large, None, None), cache=tmp_path / "cache", device="cpu",
+        gigabytes=gigabytes, minutes=4.0, spatial_dims=None, preset="auto", runs=tmp_path,
+        track=untracked,
+    )  # fmt: skip
+    assert task.spatial_dims == planned_dims
+    assert ("which holds 0.5 of the patch that 8 GB hold" in task.why_slices) == (planned_dims == 2)
 
 
 def test_slices_are_planned_as_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ def test_a_score_that_fell_is_told_with_both_values_and_the_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (told,) = warnings_of([0.3, 0.8, 0.7, 0.75], tmp_path, caplog)
-    assert "best at step 2 (0.800) and fell to 0.750" in told
+    assert "best at step 2 (0.800) and is 0.750 at the end" in told
     assert "`--checkpoint best` uses the weights of step 2" in told
 
 
