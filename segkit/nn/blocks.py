@@ -138,6 +138,7 @@ def _convolved(convolve: nn.Module, norm: nn.Module, features: Tensor) -> Tensor
     )
     if type(convolve) not in (nn.Conv2d, nn.Conv3d) or convolve.bias is None or watched:
         return convolve(features)
+    assert isinstance(convolve, nn.Conv2d | nn.Conv3d)
     output = convolve._conv_forward(features, convolve.weight, None)  # it knows the kind of padding
     cancelled: Tensor = _WithCancelledBias.apply(output, convolve.bias)  # type: ignore[no-untyped-call]
     return cancelled
