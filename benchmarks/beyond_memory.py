@@ -105,7 +105,7 @@ def main() -> None:
                 f"train.steps={options.steps}",
                 f"train.validate_every={options.steps}",
                 "train.minutes=null",
-                "train.validation_cases=0",
+                "data.validation=0",
                 "train.pictures=0",
                 "trainer.accelerator=cpu",
             ],
