@@ -7,7 +7,7 @@ memory.
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from torch.utils.data import Sampler, default_collate
+from torch.utils.data import BatchSampler, Sampler, default_collate
 
 from segkit.data.patches import Patch, PatchDataset
 
@@ -22,25 +22,20 @@ class DrawnAhead:
     """
 
     def __init__(self, patches: PatchDataset, sampler: Sampler[int], batch_size: int) -> None:
-        self.patches = patches
         self.dataset = patches
-        self.numbers = sampler  # with the name `sampler`, Lightning would expect a DataLoader
-        self.batch_size = batch_size
+        # With the names `sampler` or `batch_sampler`, Lightning would expect a DataLoader.
+        self.batches = BatchSampler(sampler, batch_size, drop_last=False)
 
     def __len__(self) -> int:
         """Number of batches in a whole epoch."""
-        return -(-len(self.numbers) // self.batch_size)  # type: ignore[arg-type]
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Patch]:
         """The batches, in order.
 
         An error in the thread is raised when its batch is asked for.
         """
-        numbers = list(self.numbers)
-        batches = [
-            numbers[first : first + self.batch_size]
-            for first in range(0, len(numbers), self.batch_size)
-        ]
+        batches = list(self.batches)
         with ThreadPoolExecutor(1, "segkit-patches") as pool:
             ahead = [pool.submit(self._batch, batch) for batch in batches[:1]]
             for batch in [*batches[1:], None]:
@@ -52,5 +47,5 @@ class DrawnAhead:
                 yield ready
 
     def _batch(self, numbers: list[int]) -> Patch:
-        batch: Patch = default_collate([self.patches[number] for number in numbers])
+        batch: Patch = default_collate([self.dataset[number] for number in numbers])
         return batch

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Integer
 from numpy import ndarray
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 
 from segkit.data.patches import Patch, PatchDataset, indexable
 from segkit.data.prepared_cache import StoredCase
@@ -137,23 +137,16 @@ class ResidentLoader:
 
     def __init__(self, patches: ResidentPatches, sampler: Sampler[int], batch_size: int) -> None:
         self.patches = patches
-        self.numbers = sampler  # with the name `sampler`, Lightning would expect a DataLoader
-        self.batch_size = batch_size
+        # With the names `sampler` or `batch_sampler`, Lightning would expect a DataLoader.
+        self.batches = BatchSampler(sampler, batch_size, drop_last=False)
 
     def __len__(self) -> int:
         """Number of batches in a whole epoch."""
-        return math.ceil(len(self.numbers) / self.batch_size)  # type: ignore[arg-type]
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Patch]:
         """The batches, in order."""
-        batch: list[int] = []
-        for number in self.numbers:
-            batch.append(number)
-            if len(batch) == self.batch_size:
-                yield self.patches.batch(batch)
-                batch = []
-        if batch:
-            yield self.patches.batch(batch)
+        return (self.patches.batch(numbers) for numbers in self.batches)
 
 
 class ResidentCases:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from segkit.nn.normalisation import CHANNELS_LAST
+from segkit.nn.normalisation import CHANNELS_LAST, is_traced
 
 WIDE = torch.complex128
 """The type with the most bytes. Copies of it are copies of bits."""
@@ -40,9 +40,7 @@ def _can_copy_wide(parts: Sequence[Tensor]) -> bool:
     return (
         first.device.type == WIDE_DEVICE
         and first.ndim in CHANNELS_LAST
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and not torch.onnx.is_in_onnx_export()
+        and not is_traced()
         and all(
             part.dtype == first.dtype
             and part.numel() > 0

@@ -162,11 +162,15 @@ class _Normalise(torch.autograd.Function):
 
 def _is_plain_call(features: Tensor) -> bool:
     """True if the features have more than one cell and the network is run, not traced."""
+    return math.prod(features.shape[2:]) > 1 and not is_traced()
+
+
+def is_traced() -> bool:
+    """True if the running code is compiled, traced or exported instead of only run."""
     return (
-        math.prod(features.shape[2:]) > 1
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and not torch.onnx.is_in_onnx_export()
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch.onnx.is_in_onnx_export()
     )
 
 

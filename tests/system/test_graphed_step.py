@@ -1,22 +1,14 @@
 """A recording is kept only if its replay gives the same values as the step itself. CUDA is mocked
 here; tests/test_gpu.py uses a real GPU."""
 
-import contextlib
 from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from segkit.system.graphed_step import GraphedStep, record_step
-
-
-class Stream:
-    """Runs at once."""
-
-    def wait_stream(self, other: "Stream") -> None:
-        pass
+from tests.played_cuda import played_cuda
 
 
 class Graph:
@@ -38,20 +30,8 @@ def network() -> nn.Module:
 
 
 @pytest.fixture(autouse=True)
-def played_cuda(network: nn.Module) -> Iterator[None]:
-    def inside(*_: object) -> contextlib.nullcontext[None]:
-        return contextlib.nullcontext()
-
-    with contextlib.ExitStack() as patches:
-        for name, fake in (
-            ("torch.cuda.Stream", Stream),
-            ("torch.cuda.current_stream", Stream),
-            ("torch.cuda.stream", inside),
-            ("torch.cuda.graph", inside),
-            ("torch.cuda.CUDAGraph", Graph),
-            ("torch.random.fork_rng", inside),
-        ):
-            patches.enter_context(mock.patch(name, fake))
+def playing(network: nn.Module) -> Iterator[None]:
+    with played_cuda(Graph):
         Graph.network, Graph.factor = network, 1.0
         yield
 

@@ -1,10 +1,8 @@
 """Training by recorded steps, with CUDA graphs played on the CPU; tests/test_gpu.py has a GPU."""
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -13,16 +11,10 @@ from torch import Tensor, nn
 import segkit
 from segkit.system.graphed_step import GraphedStep, LossesOfBatch, record_step
 from segkit.training import module
+from tests.played_cuda import played_cuda
 from tests.small import small_config, small_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
-
-
-class Stream:
-    """Runs at once."""
-
-    def wait_stream(self, other: "Stream") -> None:
-        pass
 
 
 class Graph:
@@ -56,9 +48,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Graph]]:
     """The graphs of all recorded steps, which the CPU plays."""
     made: list[Graph] = []
 
-    def inside(*_: object) -> contextlib.nullcontext[None]:
-        return contextlib.nullcontext()
-
     def played(
         network: nn.Module,
         losses: LossesOfBatch,
@@ -75,16 +64,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Graph]]:
 
     monkeypatch.setattr(module, "RECORDED_DEVICE", "cpu")
     monkeypatch.setattr(module, "record_step", played)
-    with contextlib.ExitStack() as patches:
-        for name, fake in (
-            ("torch.cuda.Stream", Stream),
-            ("torch.cuda.current_stream", Stream),
-            ("torch.cuda.stream", inside),
-            ("torch.cuda.graph", inside),
-            ("torch.cuda.CUDAGraph", Graph),
-            ("torch.random.fork_rng", inside),
-        ):
-            patches.enter_context(mock.patch(name, fake))
+    with played_cuda(Graph):
         yield made
 
 
