@@ -94,7 +94,7 @@ def test_a_resolution_that_only_labels_have_does_not_count(tmp_path: Path, suffi
     assert found.unit == "pixel" and label.unit == "pixel"
     assert_allclose(label.grid.affine, image.grid.affine)
     assert label.data.sum() == 64
-    assert "pixel size in pixels: 1 to 1" in str(check(config))
+    assert "pixel size in pixels: 1, 1;" in str(check(config))
 
 
 def test_red_green_and_blue_are_channels_with_names_of_their_own(tmp_path: Path) -> None:
@@ -128,8 +128,8 @@ def test_nnunets_layout_may_hold_pictures_with_all_colours_in_one_file(tmp_path:
 
 def test_check_says_sizes_notes_and_where_the_pixel_size_is_from(tmp_path: Path) -> None:
     text = str(check(dataset(tmp_path, pictures={"pixel_size": "4 nm"})))
-    assert "size in pixels (columns, rows): 24 to 24" in text
-    assert "pixel size in µm: 0.004 to 0.004" in text
+    assert "size in pixels (columns, rows): 24, 20 " in text
+    assert "pixel size in µm: 0.004, 0.004;" in text
     assert "from the settings (3 cases)" in text
     one = save(tmp_path / "rgba.png", RNG.integers(256, size=(4, 5, 4)))
     told = check(one)

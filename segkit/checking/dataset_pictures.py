@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from numpy import ndarray
 
 from segkit.errors import counted
 from segkit.io.picture_rules import MM_OF, WORD_OF, PictureFacts
@@ -58,10 +59,13 @@ class PictureSummary:
 
 
 def range_of(rows: Sequence[tuple[float, ...]], form: str) -> str:
-    """The least, the largest and the median number of each column, formatted by `form`."""
-    table = np.array(rows)
-    low, middle, high = table.min(0), np.median(table, axis=0), table.max(0)
-    return ", ".join(
-        f"{low[axis].item():{form}} to {high[axis].item():{form}} (median {middle[axis]:.3g})"
-        for axis in range(table.shape[1])
-    )
+    """The least, the largest and the median number of each column, formatted by `form`.
+
+    If all numbers of a column look alike, it is given once.
+    """
+    return ", ".join(_range_of(column, form) for column in np.array(rows).T)
+
+
+def _range_of(column: ndarray, form: str) -> str:
+    low, high = f"{column.min().item():{form}}", f"{column.max().item():{form}}"
+    return low if low == high else f"{low} to {high} (median {np.median(column):.3g})"

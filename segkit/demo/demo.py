@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from segkit.config.load import validated
 from segkit.config.training import Config
 from segkit.errors import SegkitError
+from segkit.explain.page.parts import QUANTITIES
 from segkit.geometry.grid import Grid
 from segkit.inference.attention_maps import map_on_source
 from segkit.inference.map_files import write_maps
@@ -102,6 +103,7 @@ def run_demo(
         scan.grid,
         panels(scan, reference, prediction),
         label_names={number: name for name, number in TISSUES.items()},
+        quantities={f"gate {key}": QUANTITIES["gate"] for key in prediction.maps},
     )
 
     dice = {name: run.summary["validation"]["dice"][name] for name in SCORED}

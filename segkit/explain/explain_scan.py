@@ -209,7 +209,8 @@ def _dice_of(
 def facts_of(predictor: Predictor) -> dict[str, str]:
     """The model and the settings of a predictor, in words."""
     description = predictor.model.description
-    patch, overlap, _ = predictor.layout
+    overlap = predictor.layout.overlap
+    patch = " × ".join(map(str, description.patch_size))
     network = description.network
     return {
         "model": description.run,
@@ -222,7 +223,8 @@ def facts_of(predictor: Predictor) -> dict[str, str]:
         or "none",
         "image channels": ", ".join(description.channels),
         "spacing": " × ".join(f"{mm:g}" for mm in description.spacing) + " mm",
-        "windows": " × ".join(map(str, patch)) + f" voxels, overlap {max(overlap):g}",
+        "windows": f"{patch} voxels{' of a slice' * (network.spatial_dims == 2)}, "
+        f"overlap {max(overlap):g}",
         "measured": "on each map's own grid; a cell is in a structure if at least half of it is",
         "versions": f"segkit {version('segkit')} (model: {description.segkit}), "
         f"torch {torch.__version__}, numpy {np.__version__}",

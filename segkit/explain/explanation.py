@@ -26,6 +26,7 @@ from segkit.explain.heads.reach import HeadReach
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.page.page import Layer, Page, write_page
 from segkit.explain.page.parts import (
+    QUANTITIES,
     label_layer,
     map_layers,
     measure_bars,
@@ -286,6 +287,10 @@ class Explanation:
                 panels,
                 label_names=self._shown(self.labels)[1],
                 planes=PAGES if self.scan.picture else PLANES,
+                quantities={
+                    key: QUANTITIES.get(one.info.kind, one.info.kind)
+                    for key, one in self.maps.items()
+                },
             )
             return path.read_bytes()
 

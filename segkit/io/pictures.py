@@ -103,6 +103,7 @@ def write_montage(
     label_names: Mapping[int, str],
     through: ndarray | None = None,
     planes: Sequence[str] = PLANES,
+    quantities: Mapping[str, str] | None = None,
 ) -> None:
     """Draw the scan's middle planes with titles and overlays, and save them as a PNG file.
 
@@ -120,6 +121,7 @@ def write_montage(
         through: an array, such as labels; the planes go through the middle of its non-zero voxels.
             If it is None or empty, they go through the middle of the scan's non-zero voxels.
         planes: names of the three planes.
+        quantities: what the values of a map are, by its panel's title; written under its colours.
 
     Raises:
         SegkitError: Pillow is not installed.
@@ -160,7 +162,7 @@ def write_montage(
             sheet.write(left, top + 2 * GAP, f"{ends[0]:.3g}", PALE)
             most = f"{ends[1]:.3g}"
             sheet.write(left + width - sheet.length(most), top + 2 * GAP, most, PALE)
-            sheet.write(left, top + CAPTION, "share let through", PALE)
+            sheet.write(left, top + CAPTION, (quantities or {}).get(title, ""), PALE)
         left += width + 3 * GAP
     has_maps = any(kind == "map" for _, _, kind in panels)
     left, top = GAP, CAPTION * (3 if has_maps else 1) + sum(shape[0] + GAP for shape in shapes)

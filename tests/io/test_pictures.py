@@ -120,6 +120,21 @@ def test_more_classes_than_fit_make_the_picture_wider() -> None:
     assert many.shape[1] > few.shape[1] and many.shape[0] > few.shape[0]
 
 
+def test_the_legend_of_a_map_is_the_quantity_that_was_given(tmp_path: Path) -> None:
+    values, grid = np.linspace(0, 1, 4096).reshape(16, 16, 16), Grid((16, 16, 16), np.eye(4))
+
+    def drawn(quantities: dict[str, str]) -> ndarray:
+        path = tmp_path / "montage.png"
+        panels: list[pictures.Panel] = [("gate", values, "map")]
+        write_montage(path, values, grid, panels, label_names={}, quantities=quantities)
+        return np.asarray(Image.open(path).convert("RGB"))
+
+    plain, other, named = drawn({}), drawn({"another": "share"}), drawn({"gate": "share"})
+    assert np.array_equal(plain, other)
+    rows = np.flatnonzero((plain != named).any(axis=(1, 2)))
+    assert rows.size and rows.min() > CAPTION + 3 * PANEL  # below the planes
+
+
 def montage(path: Path, panel: pictures.Panel, code: str = "RAS") -> ndarray:
     """The sagittal, coronal and axial plane of one panel over a black scan of 8 mm each way.
 

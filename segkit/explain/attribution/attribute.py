@@ -386,7 +386,7 @@ def _parts(
                 "number the parts"
             )
         return parts
-    patch = predictor.layout.patch_size
+    patch = predictor.members[0].layout_for(prepared.grid.shape).patch_size
     if cell_mm is None:
         size = [max(one // CELLS_PER_WINDOW[method], 1) for one in patch]
     else:

@@ -25,8 +25,7 @@ from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter, unifo
 from scipy.special import xlogy
 
 from segkit.explain.measures.cells import Cells, gradient_length
-from segkit.explain.measures.ranks import Ranked, without_rounding_noise
-from segkit.explain.measures.statistics import auroc
+from segkit.explain.measures.ranks import without_rounding_noise
 from segkit.geometry.grid import Grid
 from segkit.geometry.resample import resample_known
 
@@ -322,9 +321,7 @@ class Sides:
 
     def auroc(self, values: CellValues3d) -> float:
         """The AUROC of a map; NaN if there is no cell inside or none outside."""
-        if not self.both:
-            return float("nan")
-        return auroc(Ranked.of(values.ravel()[self.cells].astype(np.float64)), self.labels)
+        return self.aurocs({"map": values})["map"]
 
     def aurocs(self, maps: Mapping[str, CellValues3d]) -> dict[str, float]:
         """The AUROC of each map, by name. All maps are ranked at once, which is faster."""
