@@ -174,12 +174,15 @@ def _tell(explained: "Explained", *, alone: bool) -> None:
 
     Over several volumes there is one verdict for each map. Pages have those of single volumes.
     """
+    from segkit.io.picture_rules import length_in_words
+
     say(f"wrote {explained.written[0]} and {counted(len(explained.written) - 1, 'more file')}")
     for position, reach in explained.reach.items():
         for number, head in enumerate(reach):
             say(
                 f"{explained.name} {position} head {number}: mean distance "
-                f"{head.distance_mm:.1f} mm ({head.distance_ratio:.2f} of uniform attention), "
+                f"{length_in_words(float(f'{head.distance_mm:.3g}'), explained.unit)} "
+                f"({head.distance_ratio:.2f} of uniform attention), "
                 f"entropy {head.entropy:.2f} (uniform: {head.uniform_entropy:.2f})"
             )
     for sentence in explained.attributed:

@@ -42,6 +42,7 @@ from segkit.io.atomic import (
 from segkit.io.checksums import checksums
 from segkit.io.file_names import tell_changed_names
 from segkit.io.inputs import Input, failure, read_input
+from segkit.io.picture_rules import Unit
 from segkit.io.volume import read_labels
 from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
@@ -69,6 +70,8 @@ class Explained:
     """Dice of this volume with attention blocks as the identity; None if not wanted."""
     attributed: tuple[str, ...] = ()
     """A sentence about each attribution."""
+    unit: Unit = "mm"
+    """The unit of lengths in the volume, for people."""
     error: str | None = None
     """The reason as one sentence; None if the files were written."""
 
@@ -205,6 +208,7 @@ def explain_files(
             shown,
             explanation.attention,
             attributed=said,
+            unit=explanation.scan.unit,
         )
         sources.append(source)
         cases.append(CaseFigures(source.name, explanation.measures, explanation.dice))

@@ -14,7 +14,7 @@ import torch
 
 from segkit.config.labels import Labelling
 from segkit.data.label_numbers import within
-from segkit.errors import VolumeError
+from segkit.errors import VolumeError, counted
 from segkit.explain.attribution.attribute import (
     Attribution,
     AttributionSettings,
@@ -34,7 +34,9 @@ from segkit.explain.verdicts.identity import check_blocks, study_of, without_blo
 from segkit.explain.verdicts.study import study_gates
 from segkit.explain.verdicts.untrained import MakeUntrained
 from segkit.inference.predictor import Predictor
+from segkit.io.picture_rules import size_in_words
 from segkit.io.volume import Volume
+from segkit.nn.cost import count_parameters
 from segkit.system.progress import Track, untracked
 
 
@@ -211,9 +213,32 @@ def facts_of(predictor: Predictor) -> dict[str, str]:
     description = predictor.model.description
     overlap = predictor.layout.overlap
     patch = " × ".join(map(str, description.patch_size))
-    network = description.network
+    network, unit = description.network, description.unit
+    across = None if unit == "mm" else description.axis_across  # a picture has no slice distance
+    spacing = [step for axis, step in enumerate(description.spacing) if axis != across]
     return {
         "model": description.run,
+        **_network_facts(predictor),
+        "image channels": ", ".join(description.channels),
+        "spacing": size_in_words(spacing, unit),
+        "windows": f"{patch} voxels{' of a slice' * (network.spatial_dims == 2)}, "
+        f"overlap {max(overlap):g}",
+        "measured": "on each map's own grid; a cell is in a structure if at least half of it is",
+        "versions": f"segkit {version('segkit')} (model: {description.segkit}), "
+        f"torch {torch.__version__}, numpy {np.__version__}",
+    }
+
+
+def _network_facts(predictor: Predictor) -> dict[str, str]:
+    """The network and its attention, in words."""
+    module, network = predictor.model.network, predictor.model.description.network
+    if network.given is not None:
+        return {
+            "network": f"{network.given.name or type(module).__name__}, {network.spatial_dims}D, "
+            f"{counted(count_parameters(module), 'parameter')}",
+            "maps": ", ".join(module.maps()) or "none",
+        }
+    return {
         "network": f"{network.spatial_dims}D U-Net, channels {network.channels}",
         "attention": ", ".join(
             f"{place}: {setting.kind}"
@@ -221,13 +246,6 @@ def facts_of(predictor: Predictor) -> dict[str, str]:
             if (setting := getattr(network.attention, place)) is not None
         )
         or "none",
-        "image channels": ", ".join(description.channels),
-        "spacing": " × ".join(f"{mm:g}" for mm in description.spacing) + " mm",
-        "windows": f"{patch} voxels{' of a slice' * (network.spatial_dims == 2)}, "
-        f"overlap {max(overlap):g}",
-        "measured": "on each map's own grid; a cell is in a structure if at least half of it is",
-        "versions": f"segkit {version('segkit')} (model: {description.segkit}), "
-        f"torch {torch.__version__}, numpy {np.__version__}",
     }
 
 

@@ -93,7 +93,7 @@ def test_the_command_prints_the_reach_of_heads_and_whether_several_are_better(
         heads = json.loads((out / name / f"{name}_maps.json").read_text())["maps"][0]["heads"]
         for number, head in enumerate(heads):
             assert (
-                f"{name} bottleneck head {number}: mean distance {head['distance_mm']:.1f} mm "
+                f"{name} bottleneck head {number}: mean distance {head['distance_mm']:.3g} mm "
                 f"({head['distance_over_uniform']:.2f} of uniform attention)"
             ) in said
     assert files_in(out) == expected

@@ -9,9 +9,10 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.config.attention import AdditiveGridGateConfig
+from segkit.config.network import NetworkConfig
 from segkit.errors import SegkitError, VolumeError
 from segkit.explain.display import Table
-from segkit.explain.explain_scan import explain_volume
+from segkit.explain.explain_scan import explain_volume, facts_of
 from segkit.explain.explanation import Explanation
 from segkit.explain.page.page import write_page
 from segkit.explain.verdicts.evidence import CaseEvidence
@@ -166,3 +167,23 @@ def test_rows_hold_each_measure_with_its_chance(explained: Explanation) -> None:
             assert row[one.name] == ""
         if one.chance is not None:
             assert row[f"{one.name}_chance"] == one.chance
+
+
+def described(**changes: object) -> dict[str, str]:
+    """The facts of a model whose description has other values."""
+    model = attending_model(skip=AdditiveGridGateConfig(levels=[0, 1]))
+    description = model.description.model_copy(update=changes)
+    return facts_of(Predictor(replace(model, description=description), device="cpu"))
+
+
+def test_facts_give_lengths_in_the_unit_of_the_model() -> None:
+    assert described()["spacing"] == "1 x 1 x 1 mm"
+    assert described(spacing=(2e-3, 2e-3, 2e-3), unit="µm")["spacing"] == "2 x 2 x 2 µm"
+    assert described(unit="pixel")["spacing"] == "1 x 1 x 1 pixels"
+
+
+def test_facts_of_a_network_that_segkit_did_not_build_are_its_own() -> None:
+    network = NetworkConfig.model_validate({"given": {"multiple": [1, 1, 1], "name": "Theirs"}})
+    facts = described(network=network)
+    assert facts["network"].startswith("Theirs, 3D, ") and "U-Net" not in facts["network"]
+    assert facts["maps"] == "skip.0/gate, skip.1/gate" and "attention" not in facts

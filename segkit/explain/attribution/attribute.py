@@ -7,8 +7,10 @@ affine is exact. `Attribution.on_scan` interpolates it linearly at the scan's vo
 attention map; sums such as completeness hold only on the network's grid.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -83,14 +85,20 @@ class AttributionSettings:
             if isinstance(value, str) and value not in known:
                 expected = ", ".join(known) + (", or a number" if name == "baseline" else "")
                 raise ModelError(f"{name}: expected {expected}, found {value!r}; choose one")
-        for name, lowest in (("steps", 1), ("draws", 1), ("samples", 1)):
+        for name, lowest in (("steps", 1), ("draws", 1), ("samples", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ModelError(f"{name}: expected {lowest} or more, found {value}; raise it")
-        if not self.noise >= 0:
-            raise ModelError(f"noise: expected 0 or more, found {self.noise}; raise it")
-        if self.cell_mm is not None and not self.cell_mm > 0:
-            raise ModelError(f"cell_mm: expected more than 0 mm, found {self.cell_mm}; raise it")
+            if value is not None and not (isinstance(value, Integral) and int(value) >= lowest):
+                raise ModelError(
+                    f"{name}: expected a whole number from {lowest} on, found {value}; change it"
+                )
+        if isinstance(self.baseline, Real) and not math.isfinite(self.baseline):
+            raise ModelError(
+                f"baseline: expected a finite number, found {self.baseline}; change it"
+            )
+        if not 0 <= self.noise < math.inf:
+            raise ModelError(f"noise: expected 0 or more, found {self.noise}; change it")
+        if self.cell_mm is not None and not 0 < self.cell_mm < math.inf:
+            raise ModelError(f"cell_mm: expected more than 0 mm, found {self.cell_mm}; change it")
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,11 +6,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from numpy import ndarray
 from torch import nn
 
 from segkit.errors import SegkitError
+from segkit.explain.attribution.stability import floating
 from segkit.explain.measures.ranks import Ranked, spearman
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -67,7 +68,7 @@ def random_logit(
 def smooth_mprt(
     network: nn.Module,
     explain: Callable[[nn.Module, ndarray], ndarray],
-    image: Float[ndarray, "*shape"],
+    image: Shaped[ndarray, "*shape"],
     *,
     draws: int = 10,
     noise: float = 0.1,
@@ -102,9 +103,10 @@ def smooth_mprt(
     if draws < 1:
         raise SegkitError(f"draws: expected 1 or more, found {draws}; raise it")
     random = np.random.default_rng(seed)
-    spread = noise * float(np.ptp(image))
-    copies = [image + spread * random.standard_normal(image.shape) for _ in range(draws - 1)]
-    copies = [one.astype(image.dtype) for one in [*copies, image]]
+    values = floating(image)
+    spread = noise * float(np.ptp(values))
+    copies = [values + spread * random.standard_normal(values.shape) for _ in range(draws - 1)]
+    copies = [one.astype(values.dtype) for one in [*copies, values]]
 
     def smooth(current: nn.Module) -> ndarray:
         mean: ndarray = np.mean([explain(current, one) for one in copies], axis=0)

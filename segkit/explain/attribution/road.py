@@ -10,12 +10,13 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from numpy import ndarray
 from scipy.sparse import coo_matrix, diags
 from scipy.sparse.linalg import cg, spsolve
 
 from segkit.errors import SegkitError
+from segkit.explain.attribution.stability import floating
 from segkit.explain.verdicts.deletion import cell_order
 
 DIRECT = 20_000
@@ -24,7 +25,7 @@ TOLERANCE = 1e-6
 
 
 def impute(
-    image: Float[ndarray, "channel *space"],
+    image: Shaped[ndarray, "channel *space"],
     deleted: Bool[ndarray, "*space"],
     *,
     noise: float = 0.01,
@@ -43,14 +44,17 @@ def impute(
         seed: seed of the noise.
 
     Returns:
-        A new image, of the same data type.
+        A new image, of the same data type; of floating point if that is an integer type.
 
     Raises:
-        SegkitError: every voxel is deleted, so that nothing is known.
+        SegkitError: every voxel is deleted, so that nothing is known, or the noise is negative or
+            not finite.
     """
+    if not 0 <= noise < np.inf:
+        raise SegkitError(f"noise: expected 0 or more, found {noise}; change it")
     if deleted.all():
         raise SegkitError("expected some voxels that are not deleted, found none; delete fewer")
-    found = image.copy()
+    found = floating(image).copy()
     count = int(deleted.sum())
     if not count:
         return found
@@ -92,8 +96,8 @@ def impute(
 
 
 def road(
-    image: Float[ndarray, "channel *space"],
-    attribution: Float[ndarray, "*space"],
+    image: Shaped[ndarray, "channel *space"],
+    attribution: Shaped[ndarray, "*space"],
     score: Callable[[ndarray], float],
     *,
     fractions: Sequence[float] = (0.1, 0.2, 0.4, 0.7, 0.9),
@@ -119,8 +123,8 @@ def road(
         The score for each share.
 
     Raises:
-        SegkitError: a share is not in [0, 1) or leaves no voxel, or the attribution has another
-            shape than the image.
+        SegkitError: a share is not in [0, 1) or leaves no voxel, the attribution has another shape
+            than the image or no finite value, or the noise is negative or not finite.
 
     Example:
         by_map = segkit.road(image, attribution, soft_dice)
@@ -135,7 +139,11 @@ def road(
         raise SegkitError(
             f"expected shares from 0 to below 1, found {tuple(fractions)}; change them"
         )
-    order = cell_order(attribution, seed=seed)
+    if not np.isfinite(attribution).any():
+        raise SegkitError(
+            "expected an attribution with values, found none that is finite; compute it again"
+        )
+    order = cell_order(floating(attribution), seed=seed)
     found = {}
     for fraction in fractions:
         deleted = np.zeros(attribution.size, bool)

@@ -2,13 +2,15 @@
 
 All functions take the attribution as a function of the image, and the changed copies of the image.
 So they fit every method and every network, and a random generator is used only in `noisy_copies`.
-NaN of an attribution, which was not computed, is left out.
+Integers, such as those of a CT scan, are computed in floating point. NaN of the image's
+attribution, which was not computed, is left out. If the attribution of a copy has further NaN, the
+result is NaN.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from numpy import ndarray
 
 from segkit.errors import SegkitError
@@ -20,7 +22,7 @@ Explain = Callable[[ndarray], ndarray]
 
 
 def noisy_copies(
-    image: Float[ndarray, "*shape"], *, radius: float, draws: int, seed: int = 0
+    image: Shaped[ndarray, "*shape"], *, radius: float, draws: int, seed: int = 0
 ) -> Iterator[Float[ndarray, "*shape"]]:
     """Copies of an image with uniform noise added to each value.
 
@@ -31,10 +33,11 @@ def noisy_copies(
         seed: seed of the noise.
 
     Yields:
-        The copies, of the image's data type.
+        The copies, of the image's data type; of floating point if that is an integer type.
 
     Raises:
-        SegkitError: the radius is negative. It is raised when the first copy is taken.
+        SegkitError: the radius is negative or not finite. It is raised when the first copy is
+            taken.
 
     Example:
         >>> image = np.linspace(0.0, 1.0, 8)
@@ -42,15 +45,16 @@ def noisy_copies(
         >>> len(copies), bool(abs(copies[0] - image).max() <= 0.02)
         (10, True)
     """
-    if not radius >= 0:
-        raise SegkitError(f"radius: expected 0 or more, found {radius}; raise it")
+    if not 0 <= radius < np.inf:
+        raise SegkitError(f"radius: expected 0 or more, found {radius}; change it")
     random = np.random.default_rng(seed)
+    values = floating(image)
     for _ in range(draws):
-        yield image + random.uniform(-radius, radius, image.shape).astype(image.dtype)
+        yield values + random.uniform(-radius, radius, image.shape).astype(values.dtype)
 
 
 def max_sensitivity(
-    explain: Explain, image: Float[ndarray, "*shape"], copies: Iterable[ndarray]
+    explain: Explain, image: Shaped[ndarray, "*shape"], copies: Iterable[ndarray]
 ) -> float:
     """The largest change of an attribution, relative to its length: 0 if it never changes.
 
@@ -73,14 +77,14 @@ def max_sensitivity(
         copies = segkit.noisy_copies(image, radius=0.02, draws=10)
         segkit.max_sensitivity(explain, image, copies)
     """
-    own = explain(image)
-    length = _length(own)
-    changes = [_length(_same(explain(copy), own) - own) for copy in copies]
-    return max(changes) / length if changes and length > 0 else float("nan")
+    own = floating(explain(image))
+    length = _length(_known(own))
+    change = _largest(_length(_change(explain(copy), own)) for copy in copies)
+    return change / length if length > 0 else float("nan")
 
 
 def relative_input_stability(
-    explain: Explain, image: Float[ndarray, "*shape"], copies: Iterable[ndarray]
+    explain: Explain, image: Shaped[ndarray, "*shape"], copies: Iterable[ndarray]
 ) -> float:
     """The largest relative change of an attribution, divided by the relative change of the image.
 
@@ -104,10 +108,10 @@ def relative_input_stability(
         copies = segkit.noisy_copies(image, radius=0.02, draws=10)
         segkit.relative_input_stability(explain, image, copies)
     """
-    own = explain(image)
+    own, values = floating(explain(image)), floating(image)
     return _largest(
         _relative_change(explain(copy), own)
-        / _not_0(_length((image - copy) / _apart_from_0(image)))
+        / _not_0(_length(_known((floating(copy) - values) / _apart_from_0(values))))
         for copy in copies
     )
 
@@ -115,7 +119,7 @@ def relative_input_stability(
 def relative_output_stability(
     explain: Explain,
     output: Callable[[ndarray], ndarray],
-    image: Float[ndarray, "*shape"],
+    image: Shaped[ndarray, "*shape"],
     copies: Iterable[ndarray],
 ) -> float:
     """The largest relative change of an attribution, divided by the change of the output.
@@ -139,26 +143,41 @@ def relative_output_stability(
         copies = segkit.noisy_copies(image, radius=0.02, draws=10)
         segkit.relative_output_stability(explain, logits_of, image, copies)
     """
-    own, logits = explain(image), output(image)
+    own, logits = floating(explain(image)), floating(np.asarray(output(image)))
     return _largest(
-        _relative_change(explain(copy), own) / _not_0(_length(logits - output(copy)))
+        _relative_change(explain(copy), own)
+        / _not_0(_length(_known(floating(np.asarray(output(copy))) - logits)))
         for copy in copies
     )
 
 
+def floating(values: Shaped[ndarray, "*shape"]) -> Float[ndarray, "*shape"]:
+    """The values in floating point, of their own precision if they have one."""
+    if np.issubdtype(values.dtype, np.floating):
+        return values
+    return values.astype(np.result_type(values, np.float32))
+
+
 def _largest(values: Iterable[float]) -> float:
+    """The largest value; NaN if there is none, or if one is NaN."""
     found = list(values)
-    return max(found) if found else float("nan")
+    return float(np.max(found)) if found else float("nan")
 
 
 def _length(values: ndarray) -> float:
-    """The Euclidean norm of the values that are not NaN."""
-    return float(np.sqrt(np.nansum(np.square(values, dtype=np.float64))))
+    """The Euclidean norm."""
+    return float(np.sqrt(np.sum(np.square(values, dtype=np.float64))))
 
 
 def _relative_change(values: ndarray, own: ndarray) -> float:
     """The length of the change of an attribution, each value relative to its own."""
-    return _length((own - _same(values, own)) / _apart_from_0(own))
+    return _length(_change(values, own) / _apart_from_0(_known(own)))
+
+
+def _known(values: ndarray) -> ndarray:
+    """The values that are not NaN, in a row."""
+    found: ndarray = values[~np.isnan(values)]
+    return found
 
 
 def _apart_from_0(values: ndarray) -> ndarray:
@@ -169,10 +188,12 @@ def _not_0(length: float) -> float:
     return length if length > 0 else INSTEAD_OF_0
 
 
-def _same(values: ndarray, own: ndarray) -> ndarray:
+def _change(values: ndarray, own: ndarray) -> ndarray:
+    """The change of an attribution where its own value is known, in a row."""
     if values.shape != own.shape:
         raise SegkitError(
             f"expected an attribution of the shape {own.shape} for each copy, found "
             f"{values.shape}; return it on the grid of the image"
         )
-    return values
+    change: ndarray = (floating(values) - own)[~np.isnan(own)]
+    return change

@@ -1,6 +1,7 @@
 """Laws of attributions: closed forms of linear networks, and sums that must come out."""
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -483,7 +484,7 @@ def test_mistakes_are_refused_in_a_sentence() -> None:
         attribute(predictor, volume, "occlusion", structure="label 2", region=region(volume))
     with pytest.raises(VolumeError, match="the region lies on another grid than the scan"):
         attribute(predictor, volume, "occlusion", region=region(scan(2, (12, 8, 4)), 1))
-    with pytest.raises(ModelError, match="steps: expected 1 or more, found 0"):
+    with pytest.raises(ModelError, match="steps: expected a whole number from 1 on, found 0"):
         AttributionSettings(steps=0)
     with pytest.raises(ModelError, match="quantity: expected logit, probability, found 'loss'"):
         AttributionSettings(quantity="loss")  # type: ignore[arg-type]
@@ -498,3 +499,25 @@ def test_mistakes_are_refused_in_a_sentence() -> None:
     ):
         attribute(predictor, volume, "occlusion", region=region(volume), supervoxels=empty)
     assert attribute(predictor, volume, "occlusion", region=empty) == {}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"steps": 2.5},
+        {"draws": 2.5},
+        {"samples": 0},
+        {"seed": -1},
+        {"noise": math.inf},
+        {"noise": -0.1},
+        {"baseline": math.nan},
+        {"baseline": -math.inf},
+        {"cell_mm": math.inf},
+        {"cell_mm": math.nan},
+        {"cell_mm": 0.0},
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(setting: dict[str, Any]) -> None:
+    (name,) = setting
+    with pytest.raises(ModelError, match=f"^{name}: expected .*, found .*; change it$"):
+        AttributionSettings(**setting)

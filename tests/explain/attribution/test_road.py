@@ -89,3 +89,22 @@ def test_impossible_deletions_are_refused() -> None:
         road(image, np.zeros((3, 4)), np.sum)
     with pytest.raises(SegkitError, match="expected shares from 0 to below 1"):
         road(image, np.zeros((3, 3)), np.sum, fractions=(1.0,))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16])
+def test_integers_are_filled_as_the_same_numbers_in_floating_point(kind: type) -> None:
+    image = np.array([[[7, 8, 7], [9, 0, 7], [8, 7, 9]]])
+    deleted = np.zeros((3, 3), bool)
+    deleted[1, 1] = True
+    found = impute(image.astype(kind), deleted)
+    assert_allclose(found, impute(image.astype(float), deleted), rtol=1e-6)
+    assert 7 < found[0, 1, 1] < 8  # between two whole numbers
+
+
+def test_road_refuses_noise_out_of_range_and_an_order_of_nothing() -> None:
+    image = ramp((4, 5))
+    for noise in (-1.0, np.inf, np.nan):
+        with pytest.raises(SegkitError, match="noise: expected 0 or more, found"):
+            road(image, image[0], np.sum, noise=noise)
+    with pytest.raises(SegkitError, match="expected an attribution with values, found none"):
+        road(image, np.full((4, 5), np.nan), np.sum)

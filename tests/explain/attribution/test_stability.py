@@ -84,3 +84,59 @@ def test_another_shape_is_refused() -> None:
 
     with pytest.raises(SegkitError, match=r"expected an attribution of the shape \(2,\)"):
         max_sensitivity(growing, IMAGE, COPIES)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32])
+@pytest.mark.parametrize("radius", [0.02, 0.9, 300.0])
+def test_integer_images_have_the_noise_of_the_same_image_in_floating_point(
+    kind: type, radius: float
+) -> None:
+    image = np.array([[0, 1, 2], [250, 254, 255]])
+    copies = list(noisy_copies(image.astype(kind), radius=radius, draws=3))
+    exact = noisy_copies(image.astype(float), radius=radius, draws=3)
+    for copy, other in zip(copies, exact, strict=True):
+        np.testing.assert_allclose(copy, other, rtol=1e-6, atol=1e-4)
+        assert radius / 3 < np.abs(copy - image).max() <= radius * (1 + 1e-6)
+
+
+def test_measures_of_integers_are_those_of_the_same_numbers_in_floating_point() -> None:
+    image, copy = np.array([[3, 200], [7, 9]]), np.array([[4, 201], [6, 8]])
+
+    def doubled(values: ndarray) -> ndarray:
+        return 2 * values
+
+    def measured(kind: type) -> list[float]:
+        one, copies = image.astype(kind), [copy.astype(kind)]
+        return [
+            max_sensitivity(doubled, one, copies),
+            relative_input_stability(doubled, one, copies),
+            relative_output_stability(doubled, lambda values: values, one, copies),
+        ]
+
+    length = math.sqrt(3**2 + 200**2 + 7**2 + 9**2)
+    shares = math.sqrt(sum(1 / value**2 for value in (3, 200, 7, 9)))
+    for kind in (float, np.int16, np.int32):
+        assert measured(kind) == pytest.approx([2 / length, 1, shares / 2])
+
+
+def test_stability_of_bytes_does_not_wrap_around() -> None:
+    image, copy = np.array([[3, 200], [7, 9]], np.uint8), np.array([[4, 201], [6, 8]], np.uint8)
+    same = relative_input_stability(lambda values: values, image, [copy])
+    assert same == pytest.approx(1)
+    changed = max_sensitivity(lambda values: values, image, [copy])
+    assert changed == pytest.approx(2 / math.sqrt(3**2 + 200**2 + 7**2 + 9**2))
+
+
+def test_an_attribution_that_becomes_nan_has_no_stability() -> None:
+    def broken(image: ndarray) -> ndarray:
+        return image if image is IMAGE else np.array([np.nan, image[1]])
+
+    assert math.isnan(max_sensitivity(broken, IMAGE, COPIES))
+    assert math.isnan(relative_input_stability(broken, IMAGE, COPIES))
+    assert math.isnan(relative_output_stability(broken, np.sum, IMAGE, COPIES))
+
+
+@pytest.mark.parametrize("radius", [-1.0, math.inf, math.nan])
+def test_noise_out_of_range_is_refused(radius: float) -> None:
+    with pytest.raises(SegkitError, match="radius: expected 0 or more, found"):
+        next(noisy_copies(IMAGE, radius=radius, draws=1))
