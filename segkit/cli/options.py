@@ -8,6 +8,9 @@ from typer import Argument, Option
 MODEL_VARIABLE = "SEGKIT_MODEL"
 """The variable that names the model, or several models as in PATH, if --model does not."""
 
+MINUTES = 20.0
+"""Default duration of a training that is planned."""
+
 Overrides = Annotated[
     list[str] | None, Argument(metavar="KEY=VALUE", help="Settings, such as train.steps=500.")
 ]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from segkit.cli.options import Device, Overrides, Overwrite
+from segkit.cli.options import MINUTES, Device, Overrides, Overwrite
 from segkit.cli.terminal import JsonOption, console, hush, say, say_json
 from segkit.errors import ConfigError
 from segkit.system.allocator import keep_freed_memory
@@ -37,8 +37,13 @@ def plan_command(
         ),
     ] = None,
     minutes: Annotated[
-        float, Option(min=0.1, help="Duration of training in minutes to plan for.")
-    ] = 20.0,
+        float | None,
+        Option(
+            min=0.1,
+            help="Duration of training in minutes to plan for. The default is 20; not with "
+            "--preset nnunet.",
+        ),
+    ] = None,
     dims: Annotated[
         int | None,
         Option(min=2, max=3, help="2 for slices, 3 for volumes. By default, segkit chooses."),
@@ -69,6 +74,11 @@ def plan_command(
     from segkit.racing import plan_by_race
     from segkit.system.progress import Tracker
 
+    if minutes is not None and preset == "nnunet":
+        raise ConfigError(
+            "--preset nnunet plans nnU-Net's 250,000 steps, however long they take; leave out "
+            "--minutes or the preset"
+        )
     keep_freed_memory()
     for override in overrides or ():
         if not is_of_dataset(override):
@@ -93,7 +103,7 @@ def plan_command(
         device=device,
         spatial_dims=dims,
         gigabytes=memory,
-        minutes=minutes,
+        minutes=MINUTES if minutes is None else minutes,
         preset=preset,
         runs=runs,
         track=Tracker(console),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Exit, Option
 
-from segkit.cli.options import Overrides
+from segkit.cli.options import MINUTES, Overrides
 from segkit.cli.terminal import JsonOption, console, hush, say, say_json
 from segkit.config.load import dataset_in
 from segkit.errors import ConfigError, Stopped, counted, first_few
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from segkit.system.progress import Tracker
     from segkit.training.cross_validation import CrossValidation
     from segkit.training.fit import Run
-
-MINUTES = 20.0
-"""Default duration for a dataset."""
 
 
 def _only_first_reports(command: Callable[..., None]) -> Callable[..., None]:
@@ -78,7 +75,8 @@ def train_command(
         float | None,
         Option(
             min=0.1,
-            help="Total minutes for a DATASET, including planning and scoring. The default is 20.",
+            help="Total minutes for a DATASET, including planning and scoring. With --folds, the "
+            "minutes of each fold, without planning. The default is 20.",
         ),
     ] = None,
     no_race: Annotated[

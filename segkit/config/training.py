@@ -22,6 +22,10 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 LEAST_STEPS = 20
 """A run with `train.minutes` takes at least this many steps, even if no time is left for them."""
+RUN_NAME = r"^[A-Za-z0-9][\w.-]*$"
+"""The form of the name of a run."""
+SHARE_OF_PREPARING = 0.05
+"""Plans reserve this share of `minutes` for preparing; a run measures the real time."""
 MOST_FOR_SCORING = 0.25
 """The final scores take at most this share of `minutes`; fewer cases are scored if necessary."""
 
@@ -263,7 +267,7 @@ class Config(Section):
         config.train.steps, config.data.patch_size
     """
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][\w.-]*$")
+    name: str = Field("run", pattern=RUN_NAME)
     """The run is written to `runs/<name>`."""
     _name_of_folder = field_validator("name")(_possible_name)
     data: DataConfig

@@ -9,6 +9,7 @@ import yaml
 
 from segkit.config.data import DataConfig
 from segkit.config.dataset_files import DatasetConfig
+from segkit.planning.nnunet_rules import ChannelNormalisation
 from segkit.planning.plan import Plan
 from segkit.planning.schedule import Schedule
 
@@ -42,7 +43,6 @@ def sections_of(
     """
     why = plan.reasons
     given = source.model_dump(mode="json", exclude_unset=True, exclude={"folder"})
-    nonzero = {channel.kind for channel in plan.normalisation} == {"zscore nonzero"}
     shallow: Any = {"kind": "additive_grid", "levels": [0]}
     mirroring = DataConfig(
         folder=source.folder,
@@ -59,10 +59,7 @@ def sections_of(
             "batch_size": (plan.batch_size, why["batch_size"]),
             **{name: (value, "") for name, value in given.items()},
             "slices": (plan.slices if plan.spatial_dims == 2 else None, why["slices"]),
-            "normalisation": (
-                {"kind": "zscore", "nonzero": True} if nonzero else None,
-                why["normalisation"],
-            ),
+            "normalisation": (_normalisation(plan.normalisation), why["normalisation"]),
             "mirror": (mirroring.mirrored(labels), mirroring.mirrored_because(labels)),
             "first_stage": (
                 first_stage and [str(first_stage)],
@@ -107,6 +104,23 @@ def sections_of(
         },
         "trainer": {"accelerator": (accelerator, "")},
     }
+
+
+def _normalisation(
+    channels: Sequence[ChannelNormalisation],
+) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """The setting for channels whose zeros are left out; None if the default says the same.
+
+    A CT window is measured in the training cases, so it gets no values here.
+    """
+    kinds = [channel.kind for channel in channels]
+    if "zscore nonzero" not in kinds:
+        return None
+    each: list[dict[str, Any]] = [
+        {"kind": "ct"} if kind == "ct" else {"kind": "zscore", "nonzero": kind == "zscore nonzero"}
+        for kind in kinds
+    ]
+    return each if len(set(kinds)) > 1 else each[0]
 
 
 def values_of(name: str, sections: Sections) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """`segkit plan`: a training config for a dataset, with the reason for each value."""
 
 import logging
+import re
+import unicodedata
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.load import validated
 from segkit.config.model import FirstStageConfig, ModelDescription, description_of
 from segkit.config.pictures import PicturesConfig
-from segkit.config.training import Config
+from segkit.config.training import RUN_NAME, Config
 from segkit.data.case_groups import told_of_split
 from segkit.data.dataset import Dataset
 from segkit.errors import counted, printable
@@ -242,7 +244,13 @@ def _about_lengths(dataset: Dataset) -> str:
 
 
 def _run_name(folder: Path) -> str:
-    """The name of the folder, with only characters that the name of a run may have."""
-    name = folder.resolve().name
-    name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in name).strip("_.-") or "run"
-    return name if is_file_name(name) else f"run_{name}"
+    """The name of the folder, with only characters that the name of a run may have.
+
+    Letters lose their accents. What is no letter, digit, `_`, `.` or `-` becomes `_`.
+    """
+    plain = unicodedata.normalize("NFKD", folder.resolve().name)
+    plain = "".join(character for character in plain if not unicodedata.combining(character))
+    name = re.sub(r"[^\w.-]", "_", plain).strip("_.-") or "run"
+    if not re.fullmatch(RUN_NAME, name) or not is_file_name(name):
+        return f"run_{name}"
+    return name

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -13,7 +13,7 @@ from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.pictures import PicturesConfig
 from segkit.data.case_facts import CASES_PER_PROCESS
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
-from segkit.errors import counted, printable
+from segkit.errors import ConfigError, counted, printable
 from segkit.planning.budget_fit import Steps
 from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import (
@@ -134,6 +134,7 @@ def planning_task(
     track: Track,
 ) -> PlanningTask:
     """Measure the dataset and find out the budget. The arguments are those of `plan_dataset`."""
+    _check(spatial_dims, gigabytes, minutes, preset)
     limit_threads()
     dataset = dataset_of(source)
     workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
@@ -162,6 +163,22 @@ def planning_task(
         runs=runs,
     )
     return task if spatial_dims else _in_slices_if_time_is_short(task)
+
+
+def _check(
+    spatial_dims: int | None, gigabytes: float | None, minutes: float, preset: Preset
+) -> None:
+    """Raises ConfigError if an argument of a plan is out of range."""
+    if spatial_dims not in (None, 2, 3):
+        raise ConfigError(f"spatial_dims: expected 2, 3 or None, found {spatial_dims}; choose one")
+    if preset not in get_args(Preset):
+        expected = " or ".join(get_args(Preset))
+        raise ConfigError(f"preset: expected {expected}, found {preset!r}; choose one")
+    for name, value, unit in (("minutes", minutes, "minutes"), ("memory", gigabytes, "GB")):
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(
+                f"{name}: expected a number of {unit} above 0, found {value}; give one"
+            )
 
 
 def _in_slices_if_time_is_short(task: PlanningTask) -> PlanningTask:

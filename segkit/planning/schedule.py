@@ -6,11 +6,9 @@ from typing import NamedTuple
 import torch
 
 from segkit.config.data import SplitDatasetConfig
-from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING
+from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING, SHARE_OF_PREPARING
 from segkit.errors import counted
 
-SHARE_OF_PREPARING = 0.05
-"""This share of the time is reserved for preparing; a run measures the real time."""
 SHARE_OF_VALIDATION = 0.1
 """Validations take at most this share of the time."""
 MOST_VALIDATIONS, FEWEST_VALIDATIONS = 10, 3

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from segkit.errors import SegkitError
 from segkit.system.control_groups import quota_of_cores
 from segkit.system.memory import free_memory
 
@@ -22,10 +23,19 @@ logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this name; `auto` is a CUDA device if there is one, otherwise the CPU."""
+    """The device of this name; `auto` is a CUDA device if there is one, otherwise the CPU.
+
+    Raises:
+        SegkitError: there is no device of this name.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise SegkitError(
+            f"device: expected auto, cpu or cuda, found {name!r}; choose one"
+        ) from None
 
 
 def bfloat16_is_fast() -> bool:

@@ -19,9 +19,9 @@ from lightning.pytorch.callbacks import Callback, Timer
 from torch import nn
 
 from segkit.config.model import ModelDescription
-from segkit.config.training import LEAST_STEPS, Config
+from segkit.config.training import LEAST_STEPS, SHARE_OF_PREPARING, Config
 from segkit.data.datamodule import SegmentationData
-from segkit.data.dataset import CaseFiles, Dataset, dataset_of, grid_of_case
+from segkit.data.dataset import CaseFiles, Dataset, dataset_of, grid_of_case, read_case_label
 from segkit.data.preprocess import median_spacing
 from segkit.errors import counted
 from segkit.geometry.grid import Orientation
@@ -35,6 +35,7 @@ from segkit.training.fit import train
 from segkit.training.lightning_private import set_last_step
 from segkit.training.resolve import check_images, check_precision, precision
 from segkit.training.split import split_of
+from segkit.training.time_budget import TimeBudget
 from segkit.training.time_limit import too_slow, wait_for_device
 from segkit.training.trackers import check_installed
 
@@ -81,6 +82,21 @@ class DryRun:
         limit = Timer(duration=self.config.trainer.max_time).time_remaining()
         assert limit is not None
         return max(int(limit / self.seconds), 1)
+
+    @property
+    def in_minutes(self) -> int | None:
+        """Number of steps that fit into `train.minutes`, as the run counts; None if not set."""
+        schedule = self.config.train
+        if schedule.minutes is None:
+            return None
+        total = 60 * schedule.minutes
+        every = min(schedule.validate_every, schedule.steps)
+        before = SHARE_OF_PREPARING * total
+        budget = TimeBudget(
+            total, before, schedule.steps, self.held_out, self.validations[1], every, clock=float
+        )
+        budget.per_case, budget.trained, budget.steps = self.per_case, self.seconds, 1
+        return max(round(budget.left / self.seconds), LEAST_STEPS)
 
     @property
     def validations(self) -> tuple[int, int]:
@@ -143,12 +159,9 @@ class DryRun:
             line += f", {each} and the final scores" if cases else ", the final scores"
             line += f" about {rest}"
         line += f"; {timedelta(seconds=round(self.whole))} in all, without preparing"
-        if schedule.minutes is not None:
-            share = min(60 * schedule.minutes / max(self.whole, 1e-9), 1e6)
-            line += (
-                f"; train.minutes={schedule.minutes:g} limits it, in which about "
-                f"{max(round(share * schedule.steps), LEAST_STEPS)} steps fit"
-            )
+        if (fitting := self.in_minutes) is not None:
+            line += f"; train.minutes={schedule.minutes:g} limits it, in which about {fitting} "
+            line += "steps fit"
         return line
 
 
@@ -259,7 +272,7 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
             runs=Path(folder),
             callbacks=[watch],
             track=track,
-            dataset=replace(dataset, cases=train_cases[:CASES]),
+            dataset=replace(dataset, cases=_with_foreground(train_cases, dataset)),
         )
     return DryRun(
         config=config,
@@ -306,6 +319,20 @@ def _seconds_of_case(
         ]
         counts.append(num_windows(size, description.volume_patch))
     return per_window * sum(counts) / len(counts)
+
+
+def _with_foreground(cases: Sequence[CaseFiles], dataset: Dataset) -> tuple[CaseFiles, ...]:
+    """The first two cases that have foreground; others only if there are too few.
+
+    Without foreground there is nothing to learn, and no CT window can be measured.
+    """
+    chosen: list[CaseFiles] = []
+    for case in cases:
+        if dataset.foreground(read_case_label(case, dataset).data).any():
+            chosen.append(case)
+        if len(chosen) == CASES:
+            return tuple(chosen)
+    return (*chosen, *(case for case in cases if case not in chosen))[:CASES]
 
 
 def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) -> Config:

@@ -70,6 +70,7 @@ class TimeBudget:
 
     def __post_init__(self) -> None:
         self.started = self.mark = self.clock()
+        self.prepared = self.before
         self.trained = self.share = self.per_case = 0.0
         self.steps = self.advanced = 0
 
@@ -140,9 +141,13 @@ class TimeBudget:
         return {"elapsed": self.elapsed, **{name: getattr(self, name) for name in names}}
 
     def go_on(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint. Time since the checkpoint does not count."""
-        self.before, self.started = float(state["elapsed"]), self.clock()
-        self.mark = self.started
+        """Restore the state of a checkpoint.
+
+        The time between the checkpoint and the start of this process does not count. The time in
+        which this process prepared does.
+        """
+        self.before = self.prepared + float(state["elapsed"])
+        self.mark = self.clock()
         self.trained, self.share = float(state["trained"]), float(state["share"])
         self.per_case = float(state["per_case"])
         self.steps, self.advanced = int(state["steps"]), int(state["advanced"])
@@ -241,14 +246,14 @@ def slower_than_planned(budget: TimeBudget, share: float = 1.0) -> str:
         )
     # The load counts the whole machine, also in a container that may use only a part of it.
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
-    reason = "the machine is slower than when the run was planned"
+    reason = "the plan was for a faster machine, for more minutes or for another network"
     if share < FREE:
         reason = f"other programs use the cores, and this run has {share:.0%} of its time on them"
     elif load > cores + 1:
-        reason = f"other programs use the cores (load {load:.1f} on {cores})"
+        reason = f"other programs may use the cores (load {load:.1f} on {cores}), or {reason}"
     return (
-        f"a step takes {budget.per_step:.2g} s, and the plan has {planned:.2g} s for a step and "
-        f"its share of all other work: {reason}; {end}"
+        f"a step takes {budget.per_step:.2g} s, but train.minutes and train.steps leave "
+        f"{planned:.2g} s for a step and its share of all other work: {reason}; {end}"
     )
 
 
@@ -256,8 +261,9 @@ def faster_than_planned(budget: TimeBudget) -> str:
     """A warning that a run does many more steps than planned."""
     planned = budget.seconds / budget.planned_steps
     return (
-        f"a step takes {budget.per_step:.2g} s instead of the planned {planned:.2g} s: "
-        f"{_steps_that_fit(budget)}; segkit plan makes a larger plan for a machine this fast"
+        f"a step takes {budget.per_step:.2g} s, but train.minutes and train.steps leave "
+        f"{planned:.2g} s for it: {_steps_that_fit(budget)}; segkit plan makes a larger plan for "
+        f"these minutes on this machine"
     )
 
 

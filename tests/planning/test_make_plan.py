@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +13,15 @@ import torch
 import yaml
 from torch import Tensor
 
+from segkit.config.data import CtWindowConfig, ZScoreConfig
 from segkit.config.load import load_config
 from segkit.config.training import Config
-from segkit.errors import DatasetError
+from segkit.errors import DatasetError, SegkitError
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.nn.network import SegmentationNetwork
 from segkit.planning import planned_seconds, planning_task
-from segkit.planning.make_plan import Planned, plan_dataset
+from segkit.planning.make_plan import Planned, _run_name, plan_dataset
 from segkit.planning.planning_task import Preset
 from segkit.system.progress import untracked
 from segkit.training.fit import train
@@ -322,3 +324,65 @@ def test_a_plan_says_one_number_of_steps(
     told = re.findall(r"([\d,]+) steps", " ".join(planned.text.replace("#", " ").split()))
     assert {int(number.replace(",", "")) for number in told} == {planned.config.train.steps}
     assert planned.config.train.minutes == minutes
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("Öl", "Ol"),
+        ("cm²", "cm2"),
+        ("é", "e"),
+        ("日本", "run_日本"),
+        ("½ dose", "1_2_dose"),
+        ("…", "run"),
+        ("-x", "x"),
+        ("con", "run_con"),
+    ],
+)
+def test_a_folder_of_any_name_gives_a_run_its_name(folder: str, name: str, tmp_path: Path) -> None:
+    found = _run_name(tmp_path / folder)
+    assert found == name
+    assert Config.model_validate(
+        {"name": found, "data": {"folder": "x", "patch_size": [16, 16, 16]}}
+    )
+
+
+def test_each_channel_beside_a_ct_keeps_its_own_normalisation(
+    dataset: Path, tmp_path: Path
+) -> None:
+    content = json.loads((dataset / "dataset.json").read_text())
+    for path in (dataset / "imagesTr").glob("*.nii.gz"):
+        volume = read_volume(path)
+        ct = np.zeros((20, 20, 20), np.float32)
+        ct[2:18, 2:18, 2:18] = np.abs(volume.data) + 1  # half of the volume
+        padded = np.stack([ct, ct], axis=-1)
+        write_volume(path, Volume(padded, Grid((20, 20, 20), np.eye(4))))
+        label = dataset / "labelsTr" / path.name
+        inside = np.pad(read_volume(label).data.astype(np.uint8), 2)
+        write_volume(label, Volume(inside, Grid((20, 20, 20), np.eye(4))))
+    content["modality"] = {"0": "CT", "1": "PET"}
+    (dataset / "dataset.json").write_text(json.dumps(content))
+    planned = plan_dataset(dataset, cache=tmp_path / "cache", device="cpu")
+    assert [one.kind for one in planned.plan.normalisation] == ["ct", "zscore nonzero"]
+    wanted = [CtWindowConfig(), ZScoreConfig(nonzero=True)]
+    assert planned.config.data.normalisation == wanted
+    assert Config.model_validate(yaml.safe_load(planned.text)).data.normalisation == wanted
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"spatial_dims": 4}, "spatial_dims: expected 2, 3 or None, found 4"),
+        ({"preset": "resenc-m"}, "preset: expected auto or nnunet, found 'resenc-m'"),
+        ({"gigabytes": 0}, "memory: expected a number of GB above 0, found 0"),
+        ({"gigabytes": math.inf}, "memory: expected a number of GB above 0, found inf"),
+        ({"minutes": math.inf}, "minutes: expected a number of minutes above 0, found inf"),
+        ({"minutes": math.nan}, "minutes: expected a number of minutes above 0, found nan"),
+        ({"device": "gpu"}, "device: expected auto, cpu or cuda, found 'gpu'"),
+    ],
+)
+def test_arguments_of_a_plan_that_are_out_of_range_are_refused(
+    dataset: Path, tmp_path: Path, wrong: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(SegkitError, match=re.escape(told)):
+        plan_dataset(dataset, cache=tmp_path / "c", **{"device": "cpu", **wrong})

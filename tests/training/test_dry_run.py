@@ -1,10 +1,12 @@
 """`segkit train --dry-run` says what a training will be, by steps of it, and leaves nothing."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -14,6 +16,7 @@ from segkit.config.load import changed, load_config
 from segkit.data.dataset import read_dataset
 from segkit.data.resident import fits
 from segkit.errors import ConfigError, TrainingError
+from segkit.io.volume import read_volume, write_volume
 from segkit.training import dry_run as module
 from segkit.training.dry_run import MEASURED, DryRun, Stopwatch, dry_run, shortened
 from segkit.training.fit import train
@@ -82,7 +85,9 @@ def test_steps_that_do_not_fit_into_the_time_are_told(told: DryRun) -> None:
     ) in "\n".join(slow.lines())
     assert "one step: 250 ms (mean of 10), loss" in "\n".join(slow.lines())
     limited = replace(slow, config=changed(told.config, ["train.minutes=0.25"]))
-    assert "train.minutes=0.25 limits it, in which about 50 steps fit" in "\n".join(limited.lines())
+    # Of 15 s, 0.75 s for preparing and 3.75 s for scoring; a validation of 0.1 s after each two
+    # steps of 0.25 s. So 10.5 s hold 35 steps and the validations.
+    assert "train.minutes=0.25 limits it, in which about 35 steps fit" in "\n".join(limited.lines())
     fast = replace(told, seconds=0.001)
     assert fast.fitting == 1000 and "max_time" not in "\n".join(fast.lines())
     unhurried = replace(slow, config=changed(told.config, ["trainer.max_time=null"]))
@@ -239,3 +244,17 @@ def test_too_little_memory_is_one_sentence(dataset: Path, monkeypatch: pytest.Mo
 def test_a_malformed_time_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.max_time is '2 hours'"):
         small_config(Path("data"), trainer={"max_time": "2 hours"})
+
+
+@pytest.mark.slow
+def test_a_ct_whose_first_cases_have_no_foreground_is_tried_too(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=5)
+    content = json.loads((folder / "dataset.json").read_text())
+    content["modality"] = {"0": "CT"}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    for number in range(4):
+        path = folder / "labelsTr" / f"case_{number}.nii.gz"
+        label = read_volume(path)
+        write_volume(path, label.like(np.zeros(label.grid.shape, np.uint8)))
+    config = small_config(folder, data={"validation": ["case_1"]})
+    assert dry_run(config).seconds > 0

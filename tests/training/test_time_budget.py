@@ -174,9 +174,35 @@ def test_a_run_behind_its_plan_says_why(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     budget, _, _ = simulated(600.0, 3.6, 0.0)
     told = slower_than_planned(budget)
-    assert "a step takes 3.6 s, and the plan has 1.5 s for a step and its share" in told
-    assert "other programs use the cores (load 8.1 on 2)" in told
+    assert (
+        "a step takes 3.6 s, but train.minutes and train.steps leave 1.5 s for a step and" in told
+    )
+    assert "other programs may use the cores (load 8.1 on 2), or the plan was for" in told
     assert "of 400 steps fit into the 10 minutes" in told
+
+
+def test_time_in_which_a_resumed_run_prepares_counts() -> None:
+    clock = Clock()
+    first = TimeBudget(600.0, 30.0, 400, 0, 0, 1000, clock=clock)
+    clock.now += 100.0
+    stopped = first.state()
+    clock.now += 5000.0  # until somebody resumes it
+    resumed = TimeBudget(600.0, 20.0, 400, 0, 0, 1000, clock=clock)
+    clock.now += 3.0  # until the checkpoint is read
+    resumed.go_on(stopped)
+    assert resumed.elapsed == pytest.approx(130 + 23)
+    clock.now += 10.0
+    assert resumed.elapsed == pytest.approx(163) and resumed.until == pytest.approx(clock.now + 437)
+
+
+def test_a_run_of_fewer_minutes_than_planned_does_not_blame_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.0, 0.0))
+    budget, _, _ = simulated(600.0, 3.6, 0.0)
+    told = slower_than_planned(budget)
+    assert "the plan was for a faster machine, for more minutes or for another network" in told
+    assert "other programs" not in told
 
 
 def test_a_run_that_waits_for_cores_says_for_how_long() -> None:
@@ -188,12 +214,12 @@ def test_a_run_that_waits_for_cores_says_for_how_long() -> None:
 def test_a_machine_that_is_much_faster_than_planned_is_told() -> None:
     budget, _, _ = simulated(600.0, 0.5, 0.0)
     told = faster_than_planned(budget)
-    assert "a step takes 0.5 s instead of the planned 1.5 s" in told
+    assert "a step takes 0.5 s, but train.minutes and train.steps leave 1.5 s for it" in told
     assert f"{budget.expected_steps} steps, 400 planned, fit into the 10 minutes" in told
 
 
 @pytest.mark.parametrize(
-    ("per_step", "word"), [(3.0, "the plan has"), (0.5, "larger plan"), (1.4, "")]
+    ("per_step", "word"), [(3.0, "its share of all"), (0.5, "larger plan"), (1.4, "")]
 )
 def test_the_pace_is_told_once_after_a_twentieth_of_the_time(
     per_step: float,
