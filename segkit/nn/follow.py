@@ -3,7 +3,8 @@
 The network runs once, and every call of PyTorch is observed. Convolutions, pooling, interpolation,
 padding and slicing change a placement. Operations on single cells, or within channels, keep it.
 Cells may lie along any axes (`permute`) or be tokens of a sequence (`flatten`, and back by
-`reshape`).
+`reshape`). A product of queries and keys has the cells of both. After any other operation the
+placement is not known, because the operation may move cells.
 
 Features of different placements may be combined, such as those of a decoder and of a skip, which
 many networks shift by half a voxel. The result has the placement of the features that passed fewer
@@ -38,6 +39,8 @@ class Followed:
     """The tensor's axis along each axis of space; a single one if the cells are tokens."""
     depth: int
     """Number of layers, such as convolutions, between it and the input."""
+    keys: "Followed | None" = None
+    """Positions of the keys, along another axis; only of a product of queries and keys."""
 
     @property
     def tokens(self) -> bool:
@@ -46,7 +49,7 @@ class Followed:
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether a tensor has these cells along these axes."""
-        if max(self.axes) >= tensor.ndim:
+        if min(self.axes) < 0 or max(self.axes) >= tensor.ndim:
             return False
         sizes = [math.prod(self.cells)] if self.tokens else list(self.cells)
         return [tensor.shape[axis] for axis in self.axes] == sizes
@@ -77,6 +80,14 @@ class Follower(TorchFunctionMode):
         reference, followed = self.found.get(id(tensor), (None, None))
         return followed if reference is not None and reference() is tensor else None
 
+    def keys_of(self, attention: Tensor) -> Followed | None:
+        """Positions of the keys along the last axis of attention; None if they are not known."""
+        followed = self.of(attention)
+        for one in (followed, followed.keys if followed is not None else None):
+            if one is not None and one.axes == (attention.ndim - 1,):
+                return one
+        return None
+
     def _keep(self, tensor: Tensor, followed: Followed) -> None:
         self.found[id(tensor)] = (weakref.ref(tensor), followed)
 
@@ -97,11 +108,14 @@ class Follower(TorchFunctionMode):
         known = [(followed, part) for followed, part in given if followed is not None]
         result = func(*args, **named)
         if known:
-            rule = RULES.get(name, _kept)
             for part in _tensors([result]):
-                followed = rule(known, part, args, named)
-                if followed is not None and followed.fits(part):
+                followed = _followed(name, known, part, args, named)
+                if followed is not None:
                     self._keep(part, followed)
+                else:  # a call in place may have moved the cells of its argument
+                    self.found.pop(id(part), None)
+        if name == "setitem" and isinstance(args[2], Tensor) and args[2].ndim:
+            self.found.pop(id(args[0]), None)
         return result
 
 
@@ -119,20 +133,41 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
     return found
 
 
+def _followed(
+    name: str, known: "Known", result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed | None:
+    """Positions of the cells of a result, and of its keys; None if the call has no rule."""
+    rule = RULES.get(name)
+    followed = rule(known, result, args, named) if rule is not None else None
+    if rule is None or followed is None or not followed.fits(result):
+        return None
+    keys = followed.keys
+    if of_keys := [(one.keys, tensor) for one, tensor in known if one.keys is not None]:
+        keys = rule(of_keys, result, args, named)
+    return replace(followed, keys=keys if keys is not None and keys.fits(result) else None)
+
+
 def _kept(
     known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
 ) -> Followed | None:
-    """Placement after a call that moves no cells: that of the operand that passed fewest layers."""
-    fitting = [one for one, _ in known if one.fits(result)]
+    """Placement after a call on single cells: that of the operand that passed fewest layers."""
+    # Operands with fewer axes are broadcast along the first axes.
+    moved = [_shifted(one, result.ndim - tensor.ndim) for one, tensor in known]
+    fitting = [one for one in moved if one.fits(result)]
     if not fitting:
         return None
     depth = min(one.depth for one in fitting)
     first = [one for one in fitting if one.depth == depth]
-    if any(one.placement.stride != first[0].placement.stride for one in first):
+    grids = {(one.placement.stride, one.cells, one.axes) for one in first}
+    if len(grids) > 1:
         return None
     offsets = zip(*(one.placement.offset for one in first), strict=True)
     mean = tuple(sum(each) / len(first) for each in offsets)
     return replace(first[0], placement=Placement(first[0].placement.stride, mean))
+
+
+def _shifted(one: Followed, count: int) -> Followed:
+    return replace(one, axes=tuple(axis + count for axis in one.axes))
 
 
 def _argument(
@@ -152,19 +187,93 @@ def _onto(one: Followed, result: Tensor, placement: Placement) -> Followed:
     return replace(one, placement=placement, cells=cells, depth=one.depth + 1)
 
 
+OfFirst = Callable[[Followed, Tensor, Tensor, Sequence[Any], Mapping[str, Any]], Followed | None]
+"""Takes the positions of the first argument, that argument, the result, and all arguments."""
+
+
+def _of_first(rule: OfFirst) -> Rule:
+    """The rule of a call whose result has the cells of its first argument only."""
+
+    def followed(
+        known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+    ) -> Followed | None:
+        given = args[0] if args else named.get("input", named.get("query"))
+        one, tensor = known[0]
+        return rule(one, tensor, result, args, named) if tensor is given else None
+
+    return followed
+
+
 def _on_grid(
     rule: Callable[[Followed, Tensor, Sequence[Any], Mapping[str, Any]], Followed],
 ) -> Rule:
     """The rule of a call that takes (batch, channel, *space); other tensors are not followed."""
 
+    @_of_first
     def followed(
-        known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+        one: Followed,
+        tensor: Tensor,
+        result: Tensor,
+        args: Sequence[Any],
+        named: Mapping[str, Any],
     ) -> Followed | None:
-        one, tensor = known[0]
         space = tuple(range(tensor.ndim - len(one.cells), tensor.ndim))
         return rule(one, result, args, named) if one.axes == space else None
 
     return followed
+
+
+@_of_first
+def _same(
+    one: Followed, tensor: Tensor, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed:
+    """Placement after a call that changes single cells of its first argument, or only copies it."""
+    return _shifted(one, result.ndim - tensor.ndim)
+
+
+@_of_first
+def _split(
+    one: Followed, tensor: Tensor, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed:
+    """Placement of a part: it has all cells, or does not fit."""
+    return one
+
+
+@_of_first
+def _mixed_in_last_axis(
+    one: Followed, tensor: Tensor, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed | None:
+    """Placement after a linear layer, or of queries after attention."""
+    return one if tensor.ndim == result.ndim and tensor.ndim - 1 not in one.axes else None
+
+
+@_of_first
+def _reduced(
+    one: Followed, tensor: Tensor, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed | None:
+    """Placement after a mean or maximum along axes, which are not those of the cells."""
+    given = named.get("dim", args[1] if len(args) > 1 else None)
+    gone = _each(given, 1)
+    if any(isinstance(axis, bool) or not isinstance(axis, int) for axis in gone):
+        return None
+    return _without(one, tensor, result, [axis % tensor.ndim for axis in gone])
+
+
+@_of_first
+def _selected(
+    one: Followed, tensor: Tensor, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed | None:
+    return _without(one, tensor, result, [_argument(args, named, 1, "dim", 0) % tensor.ndim])
+
+
+def _without(one: Followed, tensor: Tensor, result: Tensor, gone: Sequence[int]) -> Followed | None:
+    """Positions after some axes are reduced to size 1, or removed; None if they have cells."""
+    if set(gone) & set(one.axes):
+        return None
+    if result.ndim == tensor.ndim:
+        return one
+    axes = tuple(axis - sum(other < axis for other in gone) for axis in one.axes)
+    return replace(one, axes=axes)
 
 
 @_on_grid
@@ -233,10 +342,10 @@ def _interpolated(
     return _onto(one, result, Placement(tuple(steps), tuple(offsets)))
 
 
+@_of_first
 def _padded(
-    known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+    one: Followed, tensor: Tensor, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
 ) -> Followed | None:
-    one, tensor = known[0]
     if one.tokens:
         return None
     sides = list(_argument(args, named, 1, "pad", ()))
@@ -249,74 +358,179 @@ def _padded(
     return _onto(one, result, Placement(one.placement.stride, tuple(offsets)))
 
 
+@_of_first
 def _sliced(
-    known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+    one: Followed, tensor: Tensor, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
 ) -> Followed | None:
-    one, tensor = known[0]
     wanted = args[1] if isinstance(args[1], tuple) else (args[1],)
-    if one.tokens or not all(part is Ellipsis or isinstance(part, slice) for part in wanted):
+    if any(
+        not (part is None or part is Ellipsis or isinstance(part, slice | int))
+        or isinstance(part, bool)
+        for part in wanted
+    ):
         return None
-    if Ellipsis in wanted:
-        place = wanted.index(Ellipsis)
-        missing = tensor.ndim - len(wanted) + 1
-        wanted = (*wanted[:place], *[slice(None)] * missing, *wanted[place + 1 :])
+    missing = tensor.ndim - sum(part is not None and part is not Ellipsis for part in wanted)
+    if Ellipsis not in wanted:
+        wanted = (*wanted, Ellipsis)
+    place = wanted.index(Ellipsis)
+    wanted = (*wanted[:place], *[slice(None)] * missing, *wanted[place + 1 :])
     steps, offsets = list(one.placement.stride), list(one.placement.offset)
-    for axis, part in enumerate(wanted):
-        if axis in one.axes:
+    axes: dict[int, int] = {}
+    axis = new = 0
+    for part in wanted:
+        if axis in one.axes and part is not None:
+            if isinstance(part, int):
+                return None
             place = one.axes.index(axis)
-            start, _, step = part.indices(tensor.shape[axis])
+            start, stop, step = part.indices(tensor.shape[axis])
+            if one.tokens and (start, stop, step) != (0, tensor.shape[axis], 1):
+                return None
             offsets[place] += steps[place] * start
             steps[place] *= step
-    return _onto(one, result, Placement(tuple(steps), tuple(offsets)))
+            axes[axis] = new
+        axis += part is not None
+        new += not isinstance(part, int)
+    moved = replace(one, axes=tuple(axes[each] for each in one.axes))
+    if one.tokens:
+        return moved
+    return _onto(moved, result, Placement(tuple(steps), tuple(offsets)))
 
 
+@_of_first
 def _turned(
-    known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+    one: Followed, tensor: Tensor, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
 ) -> Followed | None:
-    one, tensor = known[0]
     order = named.get("dims", args[1:])
     order = order[0] if len(order) == 1 and isinstance(order[0], list | tuple) else order
     order = [axis % tensor.ndim for axis in order]
     return replace(one, axes=tuple(order.index(axis) for axis in one.axes))
 
 
+@_of_first
 def _exchanged(
-    known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+    one: Followed, tensor: Tensor, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
 ) -> Followed | None:
-    one, tensor = known[0]
     first = _argument(args, named, 1, "dim0", 0) % tensor.ndim
     second = _argument(args, named, 2, "dim1", 0) % tensor.ndim
     order = {first: second, second: first}
     return replace(one, axes=tuple(order.get(axis, axis) for axis in one.axes))
 
 
+@_of_first
 def _reshaped(
-    known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+    one: Followed, tensor: Tensor, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
 ) -> Followed | None:
     """Placement after a reshape: cells are found as one axis, or as the axes of their grid."""
-    one, tensor = known[0]
-    if one.axes != tuple(range(one.axes[0], one.axes[0] + len(one.axes))):
-        return None  # axes of cells that are not consecutive: a reshape would mix the cells
+    between = range(one.axes[0], one.axes[-1])
+    if list(one.axes) != sorted(one.axes) or any(
+        tensor.shape[axis] > 1 for axis in between if axis not in one.axes
+    ):
+        return None  # other axes lie between those of the cells: a reshape would mix the cells
     before = math.prod(tensor.shape[: one.axes[0]])
-    count = math.prod(one.cells)
-    passed = 1
-    for axis in range(result.ndim):
-        if passed == before:
-            if result.shape[axis] == count:
-                return replace(one, axes=(axis,))
-            if tuple(result.shape[axis : axis + len(one.cells)]) == one.cells:
-                return replace(one, axes=tuple(range(axis, axis + len(one.cells))))
-        passed *= result.shape[axis]
+    starts = [axis for axis in range(result.ndim) if math.prod(result.shape[:axis]) == before]
+    for axis in starts:
+        if result.shape[axis] == math.prod(one.cells):
+            return replace(one, axes=(axis,))
+        if tuple(result.shape[axis : axis + len(one.cells)]) == one.cells:
+            return replace(one, axes=tuple(range(axis, axis + len(one.cells))))
+    for axis in starts:  # the grid with axes of size 1 in between, such as those of one window
+        axes: list[int] = []
+        for place in range(axis, result.ndim):
+            if len(axes) < len(one.cells) and result.shape[place] == one.cells[len(axes)]:
+                axes.append(place)
+            elif result.shape[place] > 1:
+                break
+        if len(axes) == len(one.cells):
+            return replace(one, axes=tuple(axes))
     return None
 
 
-def _lost(
+def _product(
+    known: Known, result: Tensor, kept: Mapping[int, Mapping[int, int]]
+) -> Followed | None:
+    """Positions in a product of queries and keys, or of attention and values.
+
+    Args:
+        known: the operands that have positions.
+        result: the product.
+        kept: the axis of the result for each axis of an operand that is not summed over, by the
+            operand's id.
+    """
+    moved = [
+        replace(one, axes=tuple(kept[id(tensor)][axis] for axis in one.axes), keys=None)
+        for one, tensor in known
+        if id(tensor) in kept and all(axis in kept[id(tensor)] for axis in one.axes)
+    ]
+    last = (result.ndim - 1,)
+    keys = [one for one in moved if one.axes == last]
+    others = [one for one in moved if one.axes != last]
+    if not others:
+        return keys[0] if keys else None
+    return replace(others[0], keys=keys[0] if keys else None)
+
+
+def _multiplied(
     known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
 ) -> Followed | None:
-    return None
+    """Rows of the first operand, columns of the second."""
+    if len(args) < 2 or args[-2].ndim < 2 or args[-1].ndim < 2:
+        return None
+    kept: dict[int, dict[int, int]] = {}
+    for operand, summed in zip(args[-2:], (-1, -2), strict=True):
+        shift = result.ndim - operand.ndim
+        axes = {axis: axis + shift for axis in range(operand.ndim)}
+        del axes[operand.ndim + summed]
+        kept[id(operand)] = axes
+    return _product(known, result, kept)
 
 
+def _contracted(
+    known: Known, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed | None:
+    """Axes by the letters of `einsum`."""
+    equation = args[0].replace(" ", "") if isinstance(args[0], str) else ""
+    given, arrow, wanted = equation.partition("->")
+    if not arrow or "." in equation:
+        return None
+    operands = args[1] if isinstance(args[1], list | tuple) else args[1:]
+    return _product(
+        known,
+        result,
+        {
+            id(operand): {
+                axis: wanted.index(letter)
+                for axis, letter in enumerate(letters)
+                if letter in wanted
+            }
+            for operand, letters in zip(operands, given.split(","), strict=True)
+        },
+    )
+
+
+SINGLE_CELLS = (
+    *("add", "radd", "iadd", "sub", "rsub", "isub", "subtract", "mul", "rmul", "imul", "multiply"),
+    *("div", "rdiv", "idiv", "truediv", "rtruediv", "itruediv", "divide", "true_divide"),
+    *("pow", "rpow", "ipow", "maximum", "minimum", "where", "lerp", "addcmul", "addcdiv"),
+    *("cat", "concat", "concatenate", "masked_fill", "clamp", "clip"),
+)
+"""Calls that combine cells of several operands, each with those at its own position."""
+ONE_OPERAND = (
+    *("relu", "relu6", "leaky_relu", "rrelu", "prelu", "elu", "selu", "celu", "gelu", "glu"),
+    *("silu", "mish", "sigmoid", "logsigmoid", "log_sigmoid", "tanh", "hardtanh", "hardswish"),
+    *("hardsigmoid", "hardshrink", "softshrink", "tanhshrink", "softplus", "softsign"),
+    *("threshold", "softmax", "softmin", "log_softmax", "gumbel_softmax"),
+    *("neg", "negative", "abs", "absolute", "exp", "expm1", "log", "log1p", "log2", "sqrt"),
+    *("rsqrt", "square", "reciprocal", "sin", "cos", "erf", "sign", "round", "floor", "ceil"),
+    *("nan_to_num", "batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"),
+    *("local_response_norm", "normalize", "dropout", "dropout1d", "dropout2d", "dropout3d"),
+    *("alpha_dropout", "feature_dropout", "feature_alpha_dropout"),
+    *("contiguous", "clone", "detach", "requires_grad", "to", "type", "type_as", "float", "double"),
+    *("half", "bfloat16", "cpu", "cuda", "expand"),
+)
+"""Calls that keep each cell of their first argument at its place, and move none."""
 RULES: dict[str, Rule] = {
+    **dict.fromkeys(SINGLE_CELLS, _kept),
+    **dict.fromkeys(ONE_OPERAND, _same),
     **{f"conv{n}d": _convolved for n in (1, 2, 3)},
     **{f"conv_transpose{n}d": _transposed for n in (1, 2, 3)},
     **{f"{kind}_pool{n}d": _pooled for kind in ("max", "avg") for n in (1, 2, 3)},
@@ -329,11 +543,17 @@ RULES: dict[str, Rule] = {
     "transpose": _exchanged,
     "swapaxes": _exchanged,
     **dict.fromkeys(("flatten", "reshape", "view", "unflatten", "reshape_as"), _reshaped),
-    # These may return as many cells as their operand has, but other ones.
-    **dict.fromkeys(("roll", "flip", "sort", "gather", "movedim", "unfold", "fold"), _lost),
-    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "grid_sample", "squeeze"), _lost),
-    **dict.fromkeys(("unsqueeze", "expand", "repeat", "get", "unbind", "chunk"), _lost),
+    **dict.fromkeys(("squeeze", "unsqueeze"), _reshaped),
+    **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _split),
+    **dict.fromkeys(("unbind", "select"), _selected),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min", "std", "var"), _reduced),
+    **dict.fromkeys(
+        ("linear", "multi_head_attention_forward", FUSED_ATTENTION), _mixed_in_last_axis
+    ),
+    **dict.fromkeys(("matmul", "bmm", "baddbmm"), _multiplied),
+    "einsum": _contracted,
 }
+"""How calls change positions, by name. A result of any other call has no position."""
 
 
 def followed_calls(

@@ -8,12 +8,15 @@ and their names. Three forms of such modules, called joins, are known:
   SwinUNETR, the decoder blocks of segmentation_models_pytorch;
 - MONAI's `SkipConnection`, in its UNet: the skip and the features from below, on one grid;
 - a decoder with the lists `transpconvs` and `stages`, as nnU-Net's.
+
+In the last two, the skip may be the first or the last of the channels: their values tell it.
 """
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -93,13 +96,17 @@ class OpenGate(AdditiveGridGate):
                 f"{list(skip.shape[2:])}; give the network an image whose size is a multiple of "
                 f"its strides"
             )
-        return super().let_through(skip, signal)
+        return super().let_through(skip, signal).to(skip.dtype)
 
 
 class LatestSignal(nn.Module):
     """Holds the coarse features from their transposed convolution to the gate of their level."""
 
     value: Tensor | None = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The features unchanged: an `nn.Sequential` calls each of its parts."""
+        return features
 
 
 @dataclass(frozen=True)
@@ -116,19 +123,47 @@ class GatedArgument:
         (place, name), (other, label) = self.skip, self.signal
         skip = named[name] if name in named else args[place]
         signal = named[label] if label in named else args[other]
-        gated = getattr(module, GATE).let_through(skip, signal)
+        return self.replaced(args, named, getattr(module, GATE).let_through(skip, signal))
+
+    def replaced(
+        self, args: tuple[Any, ...], named: dict[str, Any], skip: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with another skip."""
+        place, name = self.skip
         if name in named:
-            return args, {**named, name: gated}
-        return (*args[:place], gated, *args[place + 1 :]), named
+            return args, {**named, name: skip}
+        return (*args[:place], skip, *args[place + 1 :]), named
 
 
+@dataclass(frozen=True)
+class Half:
+    """The channels of a skip in features that were concatenated from it and from others."""
+
+    channels: int
+    first: bool
+    """Whether they are the first; else they are the last."""
+
+    def parted(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """The skip, and the other channels."""
+        if self.first:
+            return both[:, : self.channels], both[:, self.channels :]
+        other = both.shape[1] - self.channels
+        return both[:, other:], both[:, :other]
+
+    def joined(self, skip: Tensor, other: Tensor) -> Tensor:
+        """The opposite of `parted`."""
+        return torch.cat([skip, other] if self.first else [other, skip], dim=1)
+
+
+@dataclass(frozen=True)
 class GatedConnection:
-    """A hook after a call of a `SkipConnection`, which gates the first part of its output."""
+    """A hook after a call of a `SkipConnection`, which gates the skip in its output."""
+
+    half: Half
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        skip = args[0]
-        below = output[:, skip.shape[1] :]
-        return torch.cat([getattr(module, GATE).let_through(skip, below), below], dim=1)
+        skip, below = self.half.parted(output)
+        return self.half.joined(getattr(module, GATE).let_through(skip, below), below)
 
 
 class KeptSignal:
@@ -140,17 +175,16 @@ class KeptSignal:
 
 @dataclass(frozen=True)
 class GatedConcatenation:
-    """A hook before convolutions of [upsampled; skip], which gates the second part."""
+    """A hook before convolutions of upsampled features and a skip, which gates the skip."""
 
-    upsampled: int
-    """Channels of the first part."""
+    half: Half
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         holder = getattr(module, SIGNAL)
-        upsampled, skip = args[0][:, : self.upsampled], args[0][:, self.upsampled :]
+        skip, upsampled = self.half.parted(args[0])
         gated = getattr(module, GATE).let_through(skip, holder.value)
         holder.value = None
-        return (torch.cat([upsampled, gated], dim=1), *args[1:])
+        return (self.half.joined(gated, upsampled), *args[1:])
 
 
 @dataclass(frozen=True)
@@ -168,8 +202,12 @@ class FoundJoin:
     placement: Placement | None
     """Placement of the skip; None if it could not be followed."""
     arguments: GatedArgument | None = None
+    half: Half | None = None
+    """The channels of the skip, if the form is a connection or a concatenation."""
     before: str = ""
     """Name of the transposed convolution, if the form is a concatenation."""
+    calls: int = 1
+    """Number of calls in one run."""
 
 
 def gate(
@@ -193,8 +231,8 @@ def gate(
         network: MONAI's DynUNet, BasicUNet, UNet, UNETR or SwinUNETR, a U-Net of
             segmentation_models_pytorch, nnU-Net's PlainConvUNet or ResidualEncoderUNet, or another
             network whose skips join the decoder in one of these forms.
-        image: an input, (batch, channel, *space); the network runs once. Its sizes are multiples of
-            the network's strides.
+        image: an input, (batch, channel, *space), whose sizes are multiples of the network's
+            strides. The network runs twice, on noise of this shape.
         skips: names (`named_modules`) of the modules in which skips join the decoder. If None, all
             but those of the finest level, as in the paper; all if there is no other level.
         placements: positions of the features of skips, in voxels of the input, by the name of the
@@ -205,8 +243,9 @@ def gate(
 
     Raises:
         ModelError: if no skip joins the decoder in such a form, `skips` has an unknown name, the
-            size of a skip is not a multiple of the coarser size, or a skip cannot be followed from
-            the input, so that its map would have no position.
+            size of a skip is not a multiple of the coarser size, a module joins several skips or
+            is an nn.Sequential, or a skip cannot be followed from the input, so that its map would
+            have no position.
 
     Example:
         network = monai.networks.nets.BasicUNet(spatial_dims=3, out_channels=2)
@@ -243,9 +282,12 @@ def gate(
 def find_joins(network: nn.Module, image: Tensor) -> list[FoundJoin]:
     """The modules in which skips join the decoder, that of the finest skip first."""
     found: dict[str, FoundJoin] = {}
+    calls: Counter[str] = Counter()
     modules = dict(network.named_modules())
     ups = _concatenations(modules)
-    signals: dict[str, Tensor] = {}
+    signals: dict[str, tuple[Tensor, Tensor]] = {}
+    # Values of noise tell features apart; an image of zeros might not.
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
 
     def watch(
         name: str, args: tuple[Any, ...], named: dict[str, Any], output: Any, follower: Follower
@@ -254,27 +296,60 @@ def find_joins(network: nn.Module, image: Tensor) -> list[FoundJoin]:
         if is_attention(modules[name]):  # a gate of segkit's, or the network's own
             return
         if name in ups.values():
-            signals[name] = args[0]
-        elif name in ups:
-            upsampled = modules[ups[name]].out_channels
-            join = _concatenated(name, args[0], signals.pop(ups[name]), upsampled, follower)
-            join = _with_before(join, ups[name])
+            signals[name] = (args[0], output)
+        elif ups.get(name) in signals:
+            join = _concatenated(name, ups[name], args[0], *signals.pop(ups[name]), follower)
         elif type(modules[name]).__name__ == "SkipConnection":
             join = _connected(name, args, output, follower)
         else:
-            join = _called(name, modules[name], args, named, output, follower, image.ndim)
+            join = _called(name, modules[name], args, named, output, follower, noise.ndim)
         if join is not None:
-            found[name] = join
+            calls[name] += 1
+            found.setdefault(name, join)
 
     with in_prediction(network):
-        followed_calls(network, image, modules, watch)
+        followed_calls(network, noise, modules, watch)
     # If joins are nested, only the innermost counts: it calls the layers.
     inner = [
-        join
+        replace(join, calls=calls[name])
         for name, join in found.items()
         if join.form != "arguments" or not any(other.startswith(f"{name}.") for other in found)
     ]
-    return sorted(inner, key=lambda join: -math.prod(join.cells))
+    used = _using_skips(network, noise, inner)
+    return sorted(used, key=lambda join: -math.prod(join.cells))
+
+
+def _using_skips(network: nn.Module, image: Tensor, joins: Sequence[FoundJoin]) -> list[FoundJoin]:
+    """The joins whose output changes if the skip is 0; others use only the size of the argument."""
+    unused = {join.module for join in joins if join.arguments is not None}
+    handles = []
+    for join in joins:
+        if join.arguments is None:
+            continue
+
+        def compare(
+            module: nn.Module,
+            args: tuple[Any, ...],
+            named: dict[str, Any],
+            output: Tensor,
+            name: str = join.module,
+            arguments: GatedArgument = join.arguments,
+        ) -> None:
+            place, label = arguments.skip
+            skip = named[label] if label in named else args[place]
+            args, named = arguments.replaced(args, named, torch.zeros_like(skip))
+            if not torch.equal(module.forward(*args, **named), output):
+                unused.discard(name)
+
+        module = network.get_submodule(join.module)
+        handles.append(module.register_forward_hook(compare, with_kwargs=True))
+    try:
+        with in_prediction(network):
+            network(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [join for join in joins if join.module not in unused]
 
 
 def _concatenations(modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -290,31 +365,34 @@ def _concatenations(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _concatenated(
-    name: str, both: Tensor, signal: Tensor, upsampled: int, follower: Follower
-) -> FoundJoin:
-    """The join of nnU-Net's form, from a call of its convolutions.
+    name: str, before: str, both: Tensor, signal: Tensor, upsampled: Tensor, follower: Follower
+) -> FoundJoin | None:
+    """The join of nnU-Net's form, from a call of its convolutions; None if it has another order.
 
     Args:
         name: name of the convolutions.
-        both: their input: the upsampled features and then the skip.
+        before: name of the transposed convolution.
+        both: the input of the convolutions: the upsampled features and the skip, in any order.
         signal: the input of the transposed convolution.
-        upsampled: number of channels of the upsampled features.
+        upsampled: its output.
         follower: knows the positions of features.
     """
+    others = _half_of(upsampled, both)
+    if others is None:
+        return None
+    half = Half(both.shape[1] - others.channels, not others.first)
     followed = follower.of(both)
     return FoundJoin(
         name,
         "concatenation",
-        both.shape[1] - upsampled,
+        half.channels,
         signal.shape[1],
         tuple(both.shape[2:]),
         tuple(signal.shape[2:]),
         followed.placement if followed is not None else None,
+        half=half,
+        before=before,
     )
-
-
-def _with_before(join: FoundJoin, before: str) -> FoundJoin:
-    return FoundJoin(**{**vars(join), "before": before})
 
 
 def _connected(
@@ -322,15 +400,24 @@ def _connected(
 ) -> FoundJoin | None:
     """The join of a `SkipConnection`, from its call; None if it does not concatenate."""
     skip = args[0]
-    if not isinstance(output, Tensor) or output.shape[2:] != skip.shape[2:]:
-        return None
-    below = output.shape[1] - skip.shape[1]
-    if below <= 0:  # the skip is added or multiplied, not concatenated
+    half = _half_of(skip, output) if isinstance(output, Tensor) else None
+    if half is None:
         return None
     followed = follower.of(skip)
     cells = tuple(skip.shape[2:])
     place = followed.placement if followed is not None else None
-    return FoundJoin(name, "connection", skip.shape[1], below, cells, cells, place)
+    below = output.shape[1] - half.channels
+    return FoundJoin(name, "connection", half.channels, below, cells, cells, place, half=half)
+
+
+def _half_of(part: Tensor, both: Tensor) -> Half | None:
+    """The channels of `both` that are `part`; None if these are neither the first nor the last."""
+    if part.shape[2:] != both.shape[2:] or part.shape[1] >= both.shape[1]:
+        return None
+    for half in (Half(part.shape[1], first=True), Half(part.shape[1], first=False)):
+        if torch.equal(half.parted(both)[0], part):
+            return half
+    return None
 
 
 def _called(
@@ -385,6 +472,16 @@ def _made(
         raise ModelError(
             f"{join.module}: has a segkit gate already; add gates to a network only once"
         )
+    if isinstance(network.get_submodule(join.module), nn.Sequential):
+        raise ModelError(
+            f"{join.module}: expected a module with a forward of its own, found an nn.Sequential, "
+            "which would call the gate as a layer; put it into such a module"
+        )
+    if join.calls > 1:
+        raise ModelError(
+            f"{join.module}: joins {join.calls} skips in one run, so they would share a gate; use "
+            "a separate module for each, or leave it out of skips"
+        )
     if any(fine % coarse for fine, coarse in zip(join.cells, join.coarse, strict=True)):
         raise ModelError(
             f"{join.module}: the skip has {join.cells} cells, which is not a multiple of the "
@@ -407,7 +504,7 @@ def _made(
     )
     made.tap.place(f"skip.{level}", level, placement)
     weight = next(network.parameters())
-    return made.to(weight.device).train(network.training)
+    return made.to(weight.device, weight.dtype).train(network.training)
 
 
 def _put(network: nn.Module, join: FoundJoin, made: OpenGate) -> None:
@@ -419,10 +516,12 @@ def _put(network: nn.Module, join: FoundJoin, made: OpenGate) -> None:
             assert join.arguments is not None
             module.register_forward_pre_hook(join.arguments, with_kwargs=True)
         case "connection":
-            module.register_forward_hook(GatedConnection())
+            assert join.half is not None
+            module.register_forward_hook(GatedConnection(join.half))
         case "concatenation":
+            assert join.half is not None
             before, holder = network.get_submodule(join.before), LatestSignal()
             module.add_module(SIGNAL, holder)
             before.add_module(SIGNAL, holder)
             before.register_forward_pre_hook(KeptSignal())
-            module.register_forward_pre_hook(GatedConcatenation(before.out_channels))  # type: ignore[arg-type]
+            module.register_forward_pre_hook(GatedConcatenation(join.half))

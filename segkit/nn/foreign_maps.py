@@ -98,7 +98,9 @@ class Seen:
 
     shape: tuple[int, ...]
     followed: Followed | None
-    """Positions of the cells of the output, or of the keys of multi-head attention."""
+    """Positions of the cells of the output; None for multi-head attention."""
+    keys: Followed | None
+    """Positions of the keys of attention."""
 
 
 def record(
@@ -148,30 +150,26 @@ def record(
             "print(dict(network.named_modules())) shows"
         )
     seen: dict[str, list[Seen]] = {}
-    around: dict[str, list[Followed]] = {}
 
     def watch(
         name: str, args: tuple[Any, ...], named: dict[str, Any], output: Any, follower: Follower
     ) -> None:
-        given = [follower.of(value) for value in (*args, *named.values())]
-        around.setdefault(name, []).extend(one for one in given if one is not None)
         module = known[name]
-        if name not in modules:
-            return
         if isinstance(module, nn.MultiheadAttention):
             shape = tuple(head_weights(module, args, named).shape)
             key = named.get("key", args[1] if len(args) > 1 else None)
-            seen.setdefault(name, []).append(Seen(shape, follower.of(key)))
+            seen.setdefault(name, []).append(Seen(shape, None, follower.of(key)))
         elif isinstance(output, Tensor):
-            seen.setdefault(name, []).append(Seen(tuple(output.shape), follower.of(output)))
+            found = Seen(tuple(output.shape), follower.of(output), follower.keys_of(output))
+            seen.setdefault(name, []).append(found)
 
     with in_prediction(network):
-        follower = followed_calls(network, image, known, watch)
+        follower = followed_calls(network, image, {name: known[name] for name in modules}, watch)
     for name in modules:
         _check(name, known[name], seen.get(name, []), follower.fused)
     taps = []
     for name in modules:
-        made = _made(name, known[name], seen[name][0], around, image, placements or {})
+        made = _made(name, known[name], seen[name][0], image, placements or {})
         taps.append((known[name], *made))
     for module, tap, hook in taps:
         module.add_module(TAP, tap)
@@ -223,7 +221,6 @@ def _made(
     name: str,
     module: nn.Module,
     seen: Seen,
-    around: Mapping[str, Sequence[Followed]],
     image: Tensor,
     placements: Mapping[str, Placement],
 ) -> tuple[ForeignTap, Callable[..., Any]]:
@@ -233,7 +230,6 @@ def _made(
         name: name of the module.
         module: the module.
         seen: its run.
-        around: positions of the inputs of each module, by name.
         image: the input of the network.
         placements: positions that the user gives, by the name of the module.
     """
@@ -251,15 +247,16 @@ def _made(
                 f"of {image.shape[0]}, found {shape}; choose another module, because attention in "
                 "windows, or with its heads in the batch axis, has no known position in the image"
             )
-        keys = _keys(name, shape[-1], seen, around)
-        placement = placements.get(name, keys.placement if keys is not None else None)
-        if keys is None or placement is None:
+        placement = placements.get(name, seen.keys.placement if seen.keys is not None else None)
+        cells = seen.keys.cells if seen.keys is not None else _cells(placement, image)
+        if placement is None or math.prod(cells) != shape[-1]:
             raise ModelError(
-                f"{name}: the positions of its {shape[-1]} keys in the input cannot be found; "
-                "choose another module, because attention in windows, or with extra tokens such "
-                "as a class token, has no known position in the image"
+                f"{name}: the positions of its {shape[-1]} keys in the input cannot be found; if "
+                f"each key is a cell of one grid, give placements={{{name!r}: "
+                "segkit.Placement(stride, offset)} in voxels of the input, else choose another "
+                "module"
             )
-        tap = ForeignTap("received", shares=keys.cells, highest=math.inf)
+        tap = ForeignTap("received", shares=cells, highest=math.inf)
         tap.place(name, _level(placement), placement)
         hooks: Callable[..., Any] = (
             TappedHeads() if isinstance(module, nn.MultiheadAttention) else TappedKeys()
@@ -284,16 +281,13 @@ def _made(
     return tap, TappedOutput()
 
 
-def _keys(
-    name: str, num_keys: int, seen: Seen, around: Mapping[str, Sequence[Followed]]
-) -> Followed | None:
-    """The features whose cells are the keys: the module's own, or those of a module around it."""
-    candidates = [seen.followed] if seen.followed is not None else []
-    while name:
-        name = name.rpartition(".")[0]
-        candidates += around.get(name, [])
-    fitting = [one for one in candidates if math.prod(one.cells) == num_keys]
-    return fitting[0] if fitting else None
+def _cells(placement: Placement | None, image: Tensor) -> tuple[int, ...]:
+    """The cells of a grid over the whole image, along each axis; none without a placement."""
+    if placement is None:
+        return ()
+    return tuple(
+        round(size / step) for size, step in zip(image.shape[2:], placement.stride, strict=True)
+    )
 
 
 def _level(placement: Placement) -> int:

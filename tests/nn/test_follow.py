@@ -96,3 +96,67 @@ def test_a_lost_placement_returns_with_a_shortcut_and_the_skip_decides() -> None
     shifted, both = follower.of(up), follower.of(joined)
     assert shifted is not None and shifted.placement.offset == (-0.5, -0.5)
     assert both is not None and both.placement.offset == (0, 0)
+
+
+MOVING: dict[str, Callable[[Tensor], Tensor]] = {
+    "rot90": lambda x: torch.rot90(x, 1, (2, 3)),
+    "index_select": lambda x: x.index_select(2, torch.arange(7, -1, -1)),
+    "fftshift": lambda x: torch.fft.fftshift(x, dim=(2, 3)),
+    "take_along_dim": lambda x: torch.take_along_dim(x, x.argsort(2), 2),
+    "linear over cells": lambda x: F.linear(x, torch.ones(8, 8)),
+    "mean over a row": lambda x: x.mean(2).unsqueeze(2).expand(-1, -1, 8, -1),
+    "indices": lambda x: x[:, :, torch.arange(7, -1, -1)],
+    "in place": lambda x: (x + 0).index_copy_(2, torch.arange(7, -1, -1), x),
+    "set": lambda x: set_rows(x + 0),
+    "like another": lambda x: torch.arange(128.0).reshape(1, 2, 8, 8).type_as(x),
+}
+
+
+def set_rows(x: Tensor) -> Tensor:
+    x[:, :, :4] = x[:, :, 4:].clone()
+    return x
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_call_that_may_move_cells_loses_their_placement(name: str) -> None:
+    image = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    with Follower(image) as follower:
+        moved = MOVING[name](image)
+    assert moved.shape == image.shape and follower.of(moved) is None
+
+
+def test_axes_of_cells_are_followed_through_einsum_and_windows_of_the_whole_grid() -> None:
+    image = torch.zeros(1, 2, 8, 8)
+    with Follower(image) as follower:
+        turned = torch.einsum("bchw->bcwh", image)
+        windows = image.view(1, 2, 1, 8, 1, 8).permute(0, 2, 4, 3, 5, 1).reshape(1, 64, 2)
+        parts = windows.reshape(1, 64, 2, 1).permute(2, 0, 1, 3)
+        query = parts[0]
+        (value, _) = parts.unbind(0)
+    found = [follower.of(each) for each in (turned, windows, query, value)]
+    assert [one.axes for one in found if one is not None] == [(3, 2), (1,), (1,), (1,)]
+
+
+def test_a_product_of_queries_and_keys_has_the_cells_of_both() -> None:
+    image = torch.zeros(1, 2, 8, 8)
+    with Follower(image) as follower:
+        queries = F.avg_pool2d(image, 2).flatten(2).transpose(1, 2)
+        keys = F.avg_pool2d(image[:, :, 2:, 2:], 2).flatten(2).transpose(1, 2)
+        products = [
+            queries @ keys.transpose(1, 2),
+            torch.bmm(queries, keys.mT.contiguous()),
+            torch.einsum("bqd,bkd->bqk", queries, keys),
+            (queries.unsqueeze(1) @ keys.unsqueeze(1).transpose(2, 3)).softmax(-1)[:, 0],
+        ]
+        mixed = products[0] @ keys
+        channels = queries.transpose(1, 2) @ queries
+    for number, product in enumerate(products):
+        found, last = follower.of(product), follower.keys_of(product)
+        assert found is not None and found.axes == (1,) and found.placement.offset == (0.5, 0.5)
+        if number == 1:  # the attribute mT is not followed
+            assert last is None
+        else:
+            assert last is not None and last.cells == (3, 3) and last.placement.offset == (2.5, 2.5)
+    after = follower.of(mixed)
+    assert after is not None and after.cells == (4, 4) and after.axes == (1,)
+    assert follower.keys_of(mixed) is None and follower.of(channels) is None

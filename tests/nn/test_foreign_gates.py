@@ -306,3 +306,101 @@ def test_a_gated_network_is_trained_read_explained_and_judged(tmp_path: Path) ->
     (verdict, *_) = judge_gates(predictor, [(scan, label)], untrained=untrained)
     assert verdict.map == "skip.1/gate" and verdict.word == "cannot tell"
     assert judge_attention(predictor, [(scan, label)]).verdicts[0].block == "skip.1"
+
+
+class Turned(Decoder):
+    """Concatenates the skip and then the upsampled features, which are resampled and convolved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number, (below, channels, step) in enumerate([(8, 6, (1, 2, 2)), (6, 4, (2, 2, 2))]):
+            self.transpconvs[number] = nn.Sequential(
+                nn.Upsample(scale_factor=step), nn.Conv3d(below, channels, 1)
+            )
+
+    def forward(self, skips: list[Tensor]) -> Tensor:
+        features = skips[-1]
+        for number, stage in enumerate(self.stages):
+            up = self.transpconvs[number](features)
+            features = stage(torch.cat((skips[-(number + 2)], up), 1)).relu()
+        return self.seg_layers[-1](features)
+
+
+class SkipConnection(nn.Module):
+    """Concatenates the features from below and then the skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below = nn.Sequential(nn.Conv2d(4, 3, 3, 2, 1), nn.Upsample(scale_factor=2))
+
+    def forward(self, skip: Tensor) -> Tensor:
+        return torch.cat([self.below(skip), skip], dim=1)
+
+
+def test_a_shut_gate_takes_the_skip_away_in_whatever_order_it_is_concatenated() -> None:
+    torch.manual_seed(0)
+    unet = PlainConvUNet().eval()
+    unet.decoder = Turned()
+    image = BUILT["nnunet"][1]
+    assert gate(unet, torch.zeros_like(image)) == {"skip.1": "decoder.stages.0"}
+    own = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), SkipConnection(), nn.Conv2d(7, 2, 1)).eval()
+    assert gate(own, torch.zeros_like(IMAGE)) == {"skip.0": "1"}
+    kept: list[Tensor] = []
+    unet.decoder.stages[0].register_forward_hook(lambda _, args, __: kept.append(args[0]))
+    own[2].register_forward_hook(lambda _, args, __: kept.append(args[0]))
+    for network, given, key in ((unet, image, "skip.1/gate"), (own, IMAGE, "skip.0/gate")):
+        network(given)
+        with editing(network, {key: torch.zeros_like}):
+            network(given)
+    (whole, shut, own_whole, own_shut) = kept
+    assert torch.equal(shut[:, 6:], whole[:, 6:]) and shut[:, :6].count_nonzero() == 0
+    assert torch.equal(own_shut[:, :3], own_whole[:, :3]) and own_shut[:, 3:].count_nonzero() == 0
+
+
+class Like(nn.Module):
+    """Resamples features to the size of others."""
+
+    def forward(self, features: Tensor, like: Tensor) -> Tensor:
+        return nn.functional.interpolate(features, size=like.shape[2:])
+
+
+class Resampled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up, self.out = nn.Conv2d(1, 4, 3, 2, 1), Like(), nn.Conv2d(5, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.out(torch.cat([self.up(self.down(image), image), image], dim=1))
+
+
+class Shared(SmpUnet):
+    """One decoder block for two levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(1, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 2, 1)
+        self.layer = nn.Conv2d(6, 6, 3, 2, 1)
+        block = SmpBlock(6, 6, 6)
+        self.blocks = nn.ModuleList([block, block, SmpBlock(6, 0, 4)])
+
+
+def test_an_argument_that_gives_only_a_size_and_a_block_of_several_levels_are_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="Resampled: found no skip connection to gate"):
+        gate(Resampled(), IMAGE)
+    with pytest.raises(ModelError, match=r"blocks\.0: joins 2 skips in one run"):
+        gate(Shared(), IMAGE)
+    layered, image = PlainConvUNet(), BUILT["nnunet"][1]
+    layered.decoder.stages[0] = nn.Sequential(layered.decoder.stages[0], nn.ReLU())
+    with pytest.raises(ModelError, match=r"decoder\.stages\.0: .*found an nn\.Sequential"):
+        gate(layered, image)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_gate_has_the_precision_of_its_network(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network = SmpUnet().eval().to(dtype)
+    image = IMAGE.to(dtype)
+    whole = network(image)
+    gate(network, image)
+    assert torch.equal(network(image), whole) and whole.dtype == dtype

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from monai.networks.nets import AttentionUnet
+from monai.networks.nets import AttentionUnet, SwinUNETR
 from numpy.testing import assert_allclose
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
@@ -196,3 +196,57 @@ class Windows(nn.Module):
 def test_attention_within_windows_has_no_place_and_is_refused() -> None:
     with pytest.raises(ModelError, match=r"a batch of 2, found \(32, 1, 16, 16\); choose"):
         record(Windows(), IMAGE, ["softmax"])
+
+
+class Mixed(nn.Module):
+    """16 cells of features: attention from them to `keys`, by a softmax and by several heads."""
+
+    def __init__(self, keys: str) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, 8, 4, stride=4)
+        self.latents = nn.Parameter(torch.randn(1, 16, 8))
+        self.keys = keys
+        self.softmax = nn.Softmax(dim=-1)
+        self.heads = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens = self.embed(image).flatten(2).transpose(1, 2)
+        latents = self.latents.expand(len(image), -1, -1)
+        shifted = self.embed(F.pad(image, (0, 2, 0, 2))[:, :, 2:, 2:]).flatten(2).transpose(1, 2)
+        keys = {"latents": latents, "shifted": shifted, "channels": tokens}[self.keys]
+        query, key = (part.reshape(-1, 16, 2, 4).transpose(1, 2) for part in (tokens, keys))
+        if self.keys == "channels":  # 16 channels and 16 cells
+            wide = torch.cat([tokens, tokens], dim=2)[:, None]
+            self.softmax(wide.transpose(2, 3) @ wide)
+        else:
+            self.softmax(query @ key.transpose(2, 3))
+        return self.heads(tokens, keys, keys)[0]
+
+
+@pytest.mark.parametrize("name", ["softmax", "heads"])
+def test_keys_lie_where_the_keys_lie_not_the_queries(name: str) -> None:
+    (info,) = record(nn.Sequential(Mixed("shifted")), IMAGE, [f"0.{name}"]).values()
+    assert info.placement == Placement((4, 4), (3.5, 3.5))
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"), [("latents", "softmax"), ("latents", "heads"), ("channels", "softmax")]
+)
+def test_keys_that_are_no_cells_are_refused_although_they_are_as_many(keys: str, name: str) -> None:
+    network = nn.Sequential(Mixed(keys))
+    with pytest.raises(ModelError, match=rf"0\.{name}: the positions of its 16 keys in the input"):
+        record(network, IMAGE, [f"0.{name}"])
+    with pytest.raises(ModelError, match=rf"0\.{name}: the positions of its 16 keys in the input"):
+        record(network, IMAGE, [f"0.{name}"], placements={f"0.{name}": Placement((2, 2), (0, 0))})
+    place = Placement((4, 4), (1.5, 1.5))
+    record(network, IMAGE, [f"0.{name}"], placements={f"0.{name}": place})
+    with recording(network) as maps:
+        network(IMAGE)
+    assert maps[f"0.{name}/received"].shape[2:] == (4, 4)
+
+
+def test_a_window_of_monais_swin_unetr_that_is_the_whole_grid_is_recorded() -> None:
+    network = SwinUNETR(1, 2, feature_size=12, spatial_dims=2, patch_size=2)
+    name = "swinViT.layers4.0.blocks.0.attn.softmax"
+    (info,) = record(network.eval(), torch.zeros(1, 1, 64, 64), [name]).values()
+    assert info.placement == Placement((16, 16), (7.5, 7.5))
