@@ -1,7 +1,7 @@
 """Rules that assign structures of DICOM structure sets and segmentations to classes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +33,9 @@ class StructureRules:
     absent: AbsentRule = "refuse"
     overlap: bool = False
     """Whether a structure may belong to several classes, as for regions."""
-    images: Mapping[Path, Path] = field(default_factory=dict)
-    """The image of each file of structures. Labels are painted on its grid."""
+    image: Path | None = None
+    """The image on whose grid the labels are painted. Several images may share a file of
+    structures, so the rules of a case name its own."""
 
     def chosen(self, names: Sequence[str]) -> dict[str, list[int]]:
         """The indices of each class's structures in a list of names.

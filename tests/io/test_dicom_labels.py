@@ -33,14 +33,11 @@ def series(tmp_path: Path) -> Path:
     return tmp_path / "ct"
 
 
-def rules_of(
-    path: Path, series: Path, patterns: Mapping[str, Sequence[str]], **more: object
-) -> PictureRules:
+def rules_of(series: Path, patterns: Mapping[str, Sequence[str]], **more: object) -> PictureRules:
     numbers = {name: number for number, name in enumerate(patterns, start=1)}
     listed = {name: tuple(each) for name, each in patterns.items()}
-    images = {path: series}
     return PictureRules(
-        structures=StructureRules(listed, numbers, images=images, **more)  # type: ignore[arg-type]
+        structures=StructureRules(listed, numbers, image=series, **more)  # type: ignore[arg-type]
     )
 
 
@@ -52,7 +49,7 @@ def painted(
 ) -> Volume:
     slice_ = next(series.iterdir())
     path = write_structures(series.parent / "RS.dcm", slice_, contours)
-    return read_label_values(path, rules=rules_of(path, series, patterns, **more))
+    return read_label_values(path, rules=rules_of(series, patterns, **more))
 
 
 def block(low: Sequence[int], high: Sequence[int], number: int = 1) -> ndarray:
@@ -160,7 +157,7 @@ def test_contours_that_do_not_lie_on_slices_are_refused(
     drawn = {"GTV": [box_contour(GRID, (1, 1), (4, 4), z)]}
     path = write_structures(tmp_path / "RS.dcm", next(series.iterdir()), drawn, kind=kind)
     with pytest.raises(VolumeError, match=words) as refusal:
-        read_label_values(path, rules=rules_of(path, series, {"tumour": ["GTV"]}))
+        read_label_values(path, rules=rules_of(series, {"tumour": ["GTV"]}))
     assert str(refusal.value).startswith(f"{path}: structure GTV")
 
 
@@ -181,7 +178,7 @@ def test_contours_of_no_structure_are_refused(series: Path, tmp_path: Path) -> N
     del file.StructureSetROISequence[-1]
     file.save_as(path)
     with pytest.raises(VolumeError, match="found those of number 8, which no structure has"):
-        read_label_values(path, rules=rules_of(path, series, {"a": ["a"]}))
+        read_label_values(path, rules=rules_of(series, {"a": ["a"]}))
 
 
 def test_structures_without_rules_for_their_classes_are_refused(
@@ -223,7 +220,7 @@ def test_a_segmentation_comes_back_as_the_labels_that_it_was_made_of(
     told = read_structure_file(path)
     assert (told.kind, told.modality, told.names) == ("segmentation", "SEG", ("liver", "lesion"))
     assert told.series == {choose_series(tmp_path / "ct").uid}
-    rules = rules_of(path, tmp_path / "ct", {"liver": ["liver"], "lesion": ["lesion"]})
+    rules = rules_of(tmp_path / "ct", {"liver": ["liver"], "lesion": ["lesion"]})
     assert_array_equal(read_label_values(path, rules=rules).data, labels)
 
 
@@ -231,7 +228,7 @@ def test_a_segmentation_on_another_grid_is_refused(series: Path, tmp_path: Path)
     segmentation(series, tmp_path / "SEG")
     moved = affine_of("LPS", spacing=(0.8, 1.1, 3.0), origin=(-80.6, 23.5, 140.25))
     write_series(tmp_path / "other", STORED, Grid(SHAPE, moved))
-    rules = rules_of(tmp_path / "SEG", tmp_path / "other", {"liver": ["*"]})
+    rules = rules_of(tmp_path / "other", {"liver": ["*"]})
     with pytest.raises(VolumeError, match="segment liver lies on another grid than the series"):
         read_label_values(tmp_path / "SEG", rules=rules)
 
@@ -251,4 +248,4 @@ def test_a_damaged_file_of_structures_is_refused_in_a_sentence(
     with pytest.raises(
         VolumeError, match=r"RS\.dcm: cannot be read as DICOM: .*; export the file again, or move"
     ):
-        read_label_values(path, rules=rules_of(path, series, {"tumour": ["GTV"]}))
+        read_label_values(path, rules=rules_of(series, {"tumour": ["GTV"]}))

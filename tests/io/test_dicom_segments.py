@@ -40,7 +40,7 @@ def read(path: Path, series: Path, patterns: Mapping[str, Sequence[str]] = CLASS
     """The labels of a file on GRID; the classes are 1, 2, … in order."""
     numbers = {name: number for number, name in enumerate(patterns, start=1)}
     listed = {name: tuple(each) for name, each in patterns.items()}
-    structures = StructureRules(listed, numbers, images={path: series})
+    structures = StructureRules(listed, numbers, image=series)
     labels = read_label_values(path, rules=PictureRules(structures=structures))
     places = np.indices(SHAPE).reshape(3, -1).T.astype(float)
     found = np.rint(labels.grid.index(GRID.world(places))).astype(int)
