@@ -185,10 +185,10 @@ def check_structures(
         if not is_dicom_path(path) or structure_kind(path) is None:
             continue
         with problems.noted():
-            names = read_structure_file(path).names
-            absent = rules.lacking(names)
+            file = read_structure_file(path)
+            absent = rules.lacking(file.names, file.undrawn)
             if rules.refuses(absent):
-                raise DatasetError(f"case {name}: {absent_structure(path, absent, names, rules)}")
+                raise DatasetError(f"case {name}: {absent_structure(file, absent, rules)}")
             if absent and rules.absent == "unlabelled":
                 lacking[name] = tuple(absent)
     problems.refuse()

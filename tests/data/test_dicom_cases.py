@@ -148,6 +148,17 @@ def test_a_case_without_structures_of_a_class_may_be_partly_labelled(cohort: Pat
     assert_array_equal(np.unique(label.data), [0, 2])
 
 
+def test_a_structure_without_contours_is_one_that_nobody_drew(cohort: Path) -> None:
+    slice_ = next(path for path in (cohort / "p2" / "CT").iterdir() if path.name[:2] == "IM")
+    body = [box_contour(GRID, (0.5, 0.5), (10.5, 8.5), z) for z in range(5)]
+    write_structures(cohort / "p2" / "RS.dcm", slice_, {"Body": body, "GTV": []})
+    both = {"tumour": ["GTV*"], "body": ["body"]}
+    with pytest.raises(DatasetError, match=r"case p2_CT: .*, found Body, GTV \(no contours\);"):
+        dataset_of(settings(cohort, structures=both))
+    dataset = dataset_of(settings(cohort, structures=both, absent="unlabelled"))
+    assert dataset.unlabelled == {"p2_CT": ("tumour",)}
+
+
 def test_two_structure_sets_of_a_series_are_told_apart_by_a_rule(cohort: Path) -> None:
     slice_ = next(path for path in (cohort / "p1" / "CT").iterdir() if path.name[:2] == "IM")
     write_structures(cohort / "p1" / "old.dcm", slice_, {"GTV": []}, description="old")

@@ -14,7 +14,7 @@ from segkit.config.labels import Labelling
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference.dicom_seg import write_dicom_segmentation
-from segkit.io.dicom_labels import read_structure_file
+from segkit.io.dicom_labels import read_structure_file, told_names
 from segkit.io.dicom_listing import choose_series
 from segkit.io.picture_rules import PictureRules
 from segkit.io.structure_rules import StructureRules
@@ -164,11 +164,29 @@ def test_contours_that_do_not_lie_on_slices_are_refused(
 def test_a_class_without_a_structure_is_refused_unless_the_rules_say_what_it_is(
     series: Path,
 ) -> None:
-    drawn = {"Mass": [box_contour(GRID, (1, 1), (4, 4), 2)], "Cord": []}
-    patterns = {"tumour": ["GTV*", "gross"], "cord": ["cord"]}
-    with pytest.raises(VolumeError, match=r"called GTV\*, gross for tumour, found Mass, Cord;"):
-        painted(series, drawn, patterns)
-    assert not painted(series, drawn, patterns, absent="background").data.any()
+    drawn = {"Mass": [], "Cord": [box_contour(GRID, (0.5, 0.5), (4.5, 4.5), 2)]}
+    told = r"for tumour, found Mass \(no contours\), Cord;"
+    for patterns in (["GTV*", "gross"], ["mass"]):  # not listed, or listed and not drawn
+        classes = {"tumour": patterns, "cord": ["cord"]}
+        with pytest.raises(VolumeError, match=told):
+            painted(series, drawn, classes)
+        labels = painted(series, drawn, classes, absent="background").data
+        assert_array_equal(labels, block((1, 1, 2), (5, 5, 3), 2))
+
+
+@pytest.mark.parametrize("listed", ["no item", "no sequence", "no contours"])
+def test_a_structure_without_contours_is_undrawn(listed: str, series: Path, tmp_path: Path) -> None:
+    drawn = {"Mass": [], "Cord": [box_contour(GRID, (1, 1), (4, 4), 2)]}
+    path = write_structures(tmp_path / "RS.dcm", next(series.iterdir()), drawn)
+    file = dcmread(path)
+    if listed == "no item":
+        del file.ROIContourSequence[0]
+    elif listed == "no sequence":
+        del file.ROIContourSequence[0].ContourSequence
+    file.save_as(path)
+    told = read_structure_file(path)
+    assert (told.names, told.undrawn) == (("Mass", "Cord"), {0})
+    assert told_names([told]) == {"Cord": 1, "Mass": 0}
 
 
 def test_contours_of_no_structure_are_refused(series: Path, tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ def test_the_background_of_a_labelmap_is_no_structure(series: Path, tmp_path: Pa
     assert_array_equal(read(path, series, {"organ": ["*"]}), EXPECTED > 0)
 
 
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_a_segment_without_voxels_says_that_its_class_is_absent(
+    kind: str, series: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "seg.dcm"
+    write_segments(path, series, (EXPECTED == 1).astype(np.uint8), NAMES, kind)
+    assert not read_structure_file(path).undrawn
+    assert_array_equal(read(path, series), EXPECTED == 1)  # with absent: refuse
+
+
 @pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL"])
 def test_of_two_segments_that_overlap_the_later_class_counts(
     kind: str, series: Path, tmp_path: Path
