@@ -54,7 +54,8 @@ class DicomConfig(Section):
     """Patterns of the names of structures, by class. Default: the name of the class. Several
     structures may belong to one class."""
     absent: AbsentRule = "refuse"
-    """How a case without structures of a class is treated. `refuse`, because a name may be spelt
+    """How a case without structures of a class is treated. A structure of a structure set counts
+    only if it has contours. `refuse`, because a name may be spelt
     differently; `background`, if the patient has no such structure; or `unlabelled`, as in
     `data.labelled`."""
     cases: Literal["study", "patient"] = "study"

@@ -30,8 +30,8 @@ PREDICTED = "segkit"
 """The entity `desc` of labels that segkit predicted."""
 MOST_CASES = 5
 
-Images = dict[str, dict[str, Path]]
-"""By the name of a case, the file of each suffix."""
+Images = dict[str, dict[str, list[Path]]]
+"""By the name of a case, the files of each suffix."""
 
 
 def is_bids(folder: Path) -> bool:
@@ -58,15 +58,18 @@ def parts_of(path: Path) -> tuple[dict[str, str], str]:
 def bids_images(folder: Path, channels: Sequence[str]) -> list[tuple[str, tuple[Path, ...]]]:
     """The images of each case that has all channels; `T1` and `T1w` are both `…_T1w.nii.gz`.
 
-    Raises DatasetError: no case has all channels, or a case has several files for one.
+    Raises DatasetError: no case has all channels, or a case has all, and several files for one.
     """
     images = _images(folder, anywhere=True)
     found, suffixes = [], set[str]()
+    problems = Problems()
     for name, files in images.items():
         suffixes |= set(files)
         own = [_of_channel(files, channel) for channel in channels]
         if all(own):
-            found.append((name, tuple(path for path in own if path)))
+            with problems.noted():
+                found.append((name, tuple(_only(paths, folder) for paths in own)))
+    problems.refuse()
     if not found:
         raise DatasetError(
             f"{folder}: expected a case with images of the channels {', '.join(channels)}, found "
@@ -83,17 +86,19 @@ def bids_labels(folder: Path) -> dict[str, Path]:
 
     Raises DatasetError if a case has several.
     """
-    found: dict[str, Path] = {}
-    problems = Problems()
+    found: dict[str, list[Path]] = defaultdict(list)
     depth = len(folder.parts)
     for path, entities, suffix in _files(folder, derivatives=True):
         predicted = entities.get("desc") == PREDICTED and DERIVATIVES in path.parts[depth:]
-        if suffix != LABEL_SUFFIX or predicted:
-            continue
+        if suffix == LABEL_SUFFIX and not predicted:
+            found[_name(entities)].append(path)
+    labels: dict[str, Path] = {}
+    problems = Problems()
+    for name, paths in found.items():
         with problems.noted():
-            _add(found, _name(entities), path, folder)
+            labels[name] = _only(paths, folder)
     problems.refuse()
-    return found
+    return labels
 
 
 def bids_label_names(folder: Path) -> dict[str, tuple[int, ...]] | None:
@@ -139,14 +144,15 @@ def list_bids(folder: Path, given: Labelling | None = None) -> DatasetJson:
     """Channels, labelling and labelled cases of a BIDS folder.
 
     Channels are the suffixes of anatomical images that every labelled case has, in alphabetical
-    order.
+    order. Other images are not used, and a case may have several of a kind.
 
     Args:
         folder: the BIDS folder.
         given: names and numbers of labels; if None, those in the table `dseg.tsv`.
 
     Raises:
-        DatasetError: no case has labels and all channels, or labels have no names.
+        DatasetError: no case has labels and all channels, a case has several files for a channel,
+            or labels have no names.
     """
     labels, images = bids_labels(folder), _images(folder, anywhere=False)
     if not labels:
@@ -174,42 +180,51 @@ def list_bids(folder: Path, given: Labelling | None = None) -> DatasetJson:
         )
     labelling = given or labelling_of(str(folder), names or {}, None, {})
     channels = tuple(sorted(common))
-    cases: list[NamedFiles] = [
-        (name, tuple(images[name][channel] for channel in channels), label)
-        for name, label in labels.items()
-    ]
+    cases: list[NamedFiles] = []
+    problems = Problems()
+    for name, label in labels.items():
+        with problems.noted():
+            own = tuple(_only(images[name][channel], folder) for channel in channels)
+            cases.append((name, own, label))
+    problems.refuse()
     return DatasetJson(channels, labelling, tuple(cases))
 
 
-def _of_channel(files: Mapping[str, Path], channel: str) -> Path | None:
+def _of_channel(files: Mapping[str, list[Path]], channel: str) -> list[Path]:
     wanted = channel.lower()
-    for suffix, path in files.items():
+    for suffix, paths in files.items():
         if suffix.lower() in (wanted, f"{wanted}w"):
-            return path
-    return None
+            return paths
+    return []
 
 
 def _images(folder: Path, *, anywhere: bool) -> Images:
-    """The images of subjects, by case and suffix: only anatomical ones unless `anywhere`."""
-    found: Images = defaultdict(dict)
-    problems = Problems()
+    """The images of subjects, by case and suffix: only anatomical ones unless `anywhere`.
+
+    If a case has anatomical images of a suffix, its other images of that suffix do not count.
+    """
+    found: Images = defaultdict(lambda: defaultdict(list))
     for path, entities, suffix in _files(folder, derivatives=False):
-        if suffix in LABEL_SUFFIXES or not (anywhere or path.parent.name == ANATOMY):
-            continue
-        if path.parent.name == ANATOMY or suffix not in found[_name(entities)]:
-            with problems.noted():
-                _add(found[_name(entities)], suffix, path, folder)
-    problems.refuse()
-    return dict(found)
+        if suffix not in LABEL_SUFFIXES and (anywhere or path.parent.name == ANATOMY):
+            found[_name(entities)][suffix].append(path)
+    return {
+        name: {
+            suffix: [path for path in paths if path.parent.name == ANATOMY] or paths
+            for suffix, paths in files.items()
+        }
+        for name, files in found.items()
+    }
 
 
-def _add(found: dict[str, Path], key: str, path: Path, folder: Path) -> None:
-    other = found.setdefault(key, path)
-    if other is not path:
+def _only(paths: Sequence[Path], folder: Path) -> Path:
+    """The only file of a kind and case. Raises DatasetError for several."""
+    if len(paths) > 1:
+        first, second = (path.relative_to(folder) for path in paths[:2])
         raise DatasetError(
-            f"{folder}: {other.relative_to(folder)} and {path.relative_to(folder)} are two images "
-            "of the same kind and case; select one of them with a pattern in data.files"
+            f"{folder}: {first} and {second} are two images of the same kind and case; select one "
+            "of them with a pattern in data.files"
         )
+    return paths[0]
 
 
 def _name(entities: Mapping[str, str]) -> str:

@@ -111,6 +111,10 @@ class Dataset:
         """The classes or regions and their numbers."""
         return Labelling(self.labels, self.regions, self.ignore, self.in_files, self.others)
 
+    def rules_of(self, case: CaseFiles) -> PictureRules:
+        """The rules for the files of a case; structures are painted on its first image."""
+        return self.rules.painting_on(case.images[0] if case.images else None)
+
     def foreground(self, label: ndarray) -> ndarray:
         """A mask of the voxels that are neither background nor ignored."""
         inside: ndarray = label > 0
@@ -171,11 +175,10 @@ def read_dataset(
     pictures = pictures or file.pictures
     rules = picture_rules(str(folder), pictures, labelling)
     unlabelled = {}
-    if on_series := {case.label: case.images[0] for case in cases if _is_dicom_label(case)}:
-        structures = structure_rules(dicom or DicomConfig(), labelling, on_series)
+    if labels := [(case.name, case.label) for case in cases if _is_dicom_label(case)]:
+        structures = structure_rules(dicom or DicomConfig(), labelling)
         rules = replace(rules, structures=structures)
-        named = [(case.name, case.label) for case in cases if case.label in on_series]
-        unlabelled = check_structures(named, structures)
+        unlabelled = check_structures(labels, structures)
     channels, unit = _of_pictures(cases, file.channels, rules)
     return Dataset(
         folder,
@@ -282,7 +285,7 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
         DatasetError: image and label do not fit each other or the dataset.
         VolumeError: a file cannot be read.
     """
-    label = read_label_values(case.label, rules=dataset.rules, working=BYTES_OF_LABEL)
+    label = read_label_values(case.label, rules=dataset.rules_of(case), working=BYTES_OF_LABEL)
     if not case.images:
         blank = np.zeros((*label.grid.shape, len(dataset.channels)), np.float32)
         return label.like(blank), label.like(_checked_label(case, label, dataset))
@@ -305,7 +308,7 @@ def read_case(case: CaseFiles, dataset: Dataset) -> tuple[Volume, Volume]:
 
 def read_case_label(case: CaseFiles, dataset: Dataset) -> Volume:
     """The label of a case, with the numbers in its file. Raises DatasetError."""
-    label = read_label_values(case.label, rules=dataset.rules, working=BYTES_OF_LABEL)
+    label = read_label_values(case.label, rules=dataset.rules_of(case), working=BYTES_OF_LABEL)
     return label.like(_whole(case, label, dataset))
 
 
@@ -323,7 +326,7 @@ def check_headers(cases: Collection[CaseFiles], dataset: Dataset, track: Track =
             continue  # reading the header of a picture takes as long as reading its voxels
         with problems.noted():
             files = (*case.images, case.label)
-            grids = {path: read_grid(path, rules=dataset.rules) for path in files}
+            grids = {path: read_grid(path, rules=dataset.rules_of(case)) for path in files}
             for path in (*case.images[1:], case.label) if case.images else ():
                 _turned_onto(case, path, grids[path], grids[case.images[0]])
             found = sum(read_num_channels(path) for path in case.images)

@@ -131,15 +131,12 @@ def list_dicom_files(
     return DatasetJson(tuple(dicom.images), labelling, tuple(labelled_cases(folder, dicom)))
 
 
-def structure_rules(
-    dicom: DicomConfig, labelling: Labelling, images: Mapping[Path, Path]
-) -> StructureRules:
+def structure_rules(dicom: DicomConfig, labelling: Labelling) -> StructureRules:
     """The rules that turn structures into labels, from the config.
 
     Args:
         dicom: settings of the structures.
         labelling: the classes or regions and their numbers.
-        images: the first image of each case, by the path of its file of structures.
 
     Raises:
         DatasetError: the config names an unknown class.
@@ -165,7 +162,6 @@ def structure_rules(
         labelling.in_file(0),
         dicom.absent,
         bool(labelling.regions),
-        dict(images),
     )
 
 
@@ -189,10 +185,10 @@ def check_structures(
         if not is_dicom_path(path) or structure_kind(path) is None:
             continue
         with problems.noted():
-            names = read_structure_file(path).names
-            absent = rules.lacking(names)
+            file = read_structure_file(path)
+            absent = rules.lacking(file.names, file.undrawn)
             if rules.refuses(absent):
-                raise DatasetError(f"case {name}: {absent_structure(path, absent, names, rules)}")
+                raise DatasetError(f"case {name}: {absent_structure(file, absent, rules)}")
             if absent and rules.absent == "unlabelled":
                 lacking[name] = tuple(absent)
     problems.refuse()

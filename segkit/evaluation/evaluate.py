@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -168,11 +169,12 @@ def evaluate(
         rules = replace(rules, structures=known.rules.structures)
     rules = with_pixel_size(rules, pixel_size)
     tolerance_mm = tolerance_of(tolerance or tolerance_mm, pairs[0][1:], rules)
+    images = {volume.case: volume.image for volume in known.volumes if volume.image is not None}
+    lacking = {volume.case: volume.unlabelled for volume in known.volumes}
     with noting_rounded_labels() as rounded:
         rows, failures = score_pairs(
-            pairs, labelling, tolerance_mm=tolerance_mm, rules=rules, track=track
+            pairs, labelling, tolerance_mm=tolerance_mm, rules=rules, images=images, track=track
         )
-    lacking = {name: known.unlabelled.get(path, ()) for name, _, path in pairs}
     rows = [_unscored(row) if row.name in lacking[row.case] else row for row in rows]
     if failures and not rows:
         raise VolumeError(next(iter(failures.values())))
@@ -200,7 +202,7 @@ def evaluate(
     if probabilities:
         scored = [pair for pair in pairs if pair[0] not in failures]
         calibration = calibrate_pairs(
-            scored, labelling, rules=rules, unlabelled=lacking, track=track
+            scored, labelling, rules=rules, images=images, unlabelled=lacking, track=track
         )
     unpaired = tuple(name for name, _ in pairing.missing)
     extra = tuple(str(path) for path in pairing.extra)
@@ -241,6 +243,7 @@ def score_pairs(
     *,
     tolerance_mm: float,
     rules: PictureRules = AS_IT_SAYS,
+    images: Mapping[str, Path] = MappingProxyType({}),
     track: Track = untracked,
 ) -> tuple[list[CaseScores], dict[str, str]]:
     """Scores of every case and class or region.
@@ -251,6 +254,7 @@ def score_pairs(
         labelling: the classes or regions. If None, all labels that occur in any file are scored.
         tolerance_mm: the tolerance of the normalised surface Dice.
         rules: how pictures are read.
+        images: for the name of a case, the image on whose grid its DICOM structures are painted.
         track: reports the progress over cases.
 
     Returns:
@@ -263,13 +267,15 @@ def score_pairs(
         present: set[int] = set()
         for name, prediction, reference in track(pairs, "looking for labels", len(pairs)):
             with _failure_recorded(failures, name, prediction or reference):
-                present = _with_labels_of(prediction, reference, rules, present)
+                own = rules.painting_on(images.get(name))
+                present = _with_labels_of(prediction, reference, own, present)
         labelling = Labelling({f"label {number}": number for number in sorted(present - {0})})
     rows: list[CaseScores] = []
     for name, prediction, reference in track(pairs, "scoring", len(pairs)):
         if name not in failures:
             with _failure_recorded(failures, name, prediction or reference):
-                rows += _score_pair(name, prediction, reference, labelling, tolerance_mm, rules)
+                own = rules.painting_on(images.get(name))
+                rows += _score_pair(name, prediction, reference, labelling, tolerance_mm, own)
     return rows, failures
 
 
@@ -368,7 +374,7 @@ def _read_pair(
     reference = read_labels(reference_path, rules=rules)
     if prediction_path is None:
         return reference, reference
-    prediction = _read_prediction(prediction_path, rules)
+    prediction = _read_prediction(prediction_path, replace(rules, structures=None))
     reference = reference.sized_as(prediction)
     prediction = prediction.sized_as(reference).onto(
         reference.grid, what=f"{prediction_path}:", whose=str(reference_path)

@@ -20,6 +20,7 @@ def calibrate_pairs(
     labelling: Labelling | None,
     *,
     rules: PictureRules = AS_IT_SAYS,
+    images: Mapping[str, Path] = MappingProxyType({}),
     unlabelled: Mapping[str, Collection[str]] = MappingProxyType({}),
     track: Track = untracked,
 ) -> Calibration:
@@ -29,6 +30,7 @@ def calibrate_pairs(
         pairs: name, prediction and reference of each case.
         labelling: the classes or regions, in the order of the probabilities.
         rules: how labels in pictures are read.
+        images: for the name of a case, the image on whose grid its DICOM structures are painted.
         unlabelled: for the name of a case, the classes that nobody labelled in it.
         track: reports the progress over cases.
 
@@ -48,7 +50,8 @@ def calibrate_pairs(
     calibration = Calibration(members, bool(labelling.regions), labelling.ignore)
     pairs = [(name, path, reference) for name, path, reference in pairs if path is not None]
     for name, prediction, reference_path in track(pairs, "calibration", len(pairs)):
-        path, reference = find_probabilities(prediction), read_labels(reference_path, rules=rules)
+        path = find_probabilities(prediction)
+        reference = read_labels(reference_path, rules=rules.painting_on(images.get(name)))
         found = read_volume(path, rules=rules if is_picture(path) else AS_IT_SAYS)
         # Only one of two pictures may state the pixel size that both have.
         reference = reference.sized_as(found)

@@ -5,14 +5,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from segkit.config.dataset_files import TABLE_SUFFIXES
 from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, load_config
 from segkit.data.bids import bids_label_names, bids_labels, is_bids
-from segkit.data.dataset import CaseFiles, dataset_of, read_dataset
+from segkit.data.dataset import CaseFiles, Dataset, dataset_of, read_dataset
 from segkit.data.dataset_json import labelling_of
 from segkit.data.file_patterns import ID, LABEL
 from segkit.errors import DatasetError, VolumeError
@@ -35,6 +35,10 @@ class NamedVolume:
     case: str
     """Name of its case in results and messages."""
     names: tuple[Parts, ...]
+    image: Path | None = None
+    """The image of its case, on whose grid structures of a DICOM file are painted."""
+    unlabelled: tuple[str, ...] = ()
+    """The classes that nobody labelled in it."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,6 @@ class References:
     """The file that names the labels."""
     rules: PictureRules = AS_IT_SAYS
     """How pictures are read."""
-    unlabelled: Mapping[Path, tuple[str, ...]] = field(default_factory=dict)
-    """The classes that are not labelled in a partly labelled case, by its file."""
 
 
 def references_in(path: Path, *, but: Path | None = None) -> References:
@@ -81,13 +83,8 @@ def references_in(path: Path, *, but: Path | None = None) -> References:
         return References(tuple(volumes_in(path, but=but)))
     else:
         raise VolumeError(f"{path}: no such file or folder; check the path")
-    volumes = tuple(_of_case(case, dataset.folder) for case in dataset.cases)
-    lacking = {
-        case.label: dataset.unlabelled[case.name]
-        for case in dataset.cases
-        if case.name in dataset.unlabelled
-    }
-    return References(volumes, dataset.labelling, source, dataset.rules, lacking)
+    volumes = tuple(_of_case(case, dataset) for case in dataset.cases)
+    return References(volumes, dataset.labelling, source, dataset.rules)
 
 
 def _in_table(path: Path) -> list[NamedVolume]:
@@ -155,11 +152,15 @@ def called(path: Path, name: str) -> NamedVolume:
     return NamedVolume(path, name, ((_normal(name),),))
 
 
-def _of_case(case: CaseFiles, folder: Path) -> NamedVolume:
+def _of_case(case: CaseFiles, dataset: Dataset) -> NamedVolume:
     """The label of a case. Its names are those of the case, of its own file and of its images."""
     files = [case.label, *case.images]
     return NamedVolume(
-        case.label, case.name, ((_normal(case.name),), *(_parts(file, folder) for file in files))
+        case.label,
+        case.name,
+        ((_normal(case.name),), *(_parts(file, dataset.folder) for file in files)),
+        case.images[0] if case.images else None,
+        dataset.unlabelled.get(case.name, ()),
     )
 
 

@@ -164,21 +164,21 @@ def explain_files(
         settings = attribution_settings or AttributionSettings()
         asked["attributions"] = {"methods": list(attributions), **vars(settings)}
     for source in inputs:
-        path = labels.get(source.name)
+        reference = labels.get(source.name)
         place = case_folder(source, inputs, folder)
         try:
             tolerance_mm = _pointing_tolerance(tolerance, source)
             asked = {**asked, "tolerance_mm": tolerance_mm}
+            image = None if reference is None else reference.image
+            rules = replace(source.rules, structures=structures).painting_on(image)
             explanation = explain_volume(
                 predictor,
                 read_input(source),
-                None
-                if path is None
-                else read_labels(path, rules=replace(source.rules, structures=structures)),
+                None if reference is None else read_labels(reference.path, rules=rules),
                 name=source.name,
                 tolerance_mm=tolerance_mm,
                 verdicts=verdicts,
-                unlabelled=() if known is None or path is None else known.unlabelled.get(path, ()),
+                unlabelled=() if reference is None else reference.unlabelled,
                 identity=identity,
                 blocks=blocks,
                 earlier=[worth.evidence for worth in worths],
@@ -187,8 +187,8 @@ def explain_files(
                 track=track,
             )
             made = made_by(predictor, asked, source.files)
-            if path is not None:
-                made["reference"] = checksums([path])
+            if reference is not None:
+                made["reference"] = checksums([reference.path])
             mark_unfinished(folder / PAGE, targets)
             written = explanation.write(place, made=made)
         except (SegkitError, OSError) as error:

@@ -47,17 +47,14 @@ def explain_heads(
     """
     table, whole = (folder / each for each in HEADS)
     refuse_existing([table, whole], overwrite=overwrite)
-    paths = find_references(inputs, references)
-    known = references_in(references)
-    structures = known.rules.structures
-    cases = [
-        CaseOnDisk(
-            replace(source, rules=replace(source.rules, structures=structures)),
-            paths[source.name],
-            known.unlabelled.get(paths[source.name], ()),
-        )
-        for source in inputs
-    ]
+    found = find_references(inputs, references)
+    structures = references_in(references).rules.structures
+    cases = []
+    for source in inputs:
+        reference = found[source.name]
+        rules = replace(source.rules, structures=structures).painting_on(reference.image)
+        own = replace(source, rules=rules)
+        cases.append(CaseOnDisk(own, reference.path, reference.unlabelled))
     figures = study_heads(predictor, cases, track=track)
     write_text(table, rows_as_csv(head_table(figures)))
     write_json(
@@ -70,7 +67,7 @@ def explain_heads(
                     models_and_settings(predictor),
                     (file for source in inputs for file in source.files),
                 ),
-                "reference": checksums(paths.values()),
+                "reference": checksums(each.path for each in found.values()),
             },
             "positions": [
                 {

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from segkit.errors import VolumeError
 from segkit.evaluation.pairing import pair_by_name
-from segkit.evaluation.references import called, references_in
+from segkit.evaluation.references import NamedVolume, called, references_in
 from segkit.io.inputs import Input
 
 
-def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path]:
-    """The reference file of each input, by the input's name.
+def find_references(inputs: Sequence[Input], references: Path) -> dict[str, NamedVolume]:
+    """The reference of each input, by the input's name.
 
     Args:
         inputs: the volumes. If some lie among the references, they are not taken for references.
@@ -27,12 +27,13 @@ def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Path
                 f"{references}: expected a reference for each of {len(inputs)} volumes, but this "
                 f"is a single file; give a folder of references"
             )
-        return {source.name: references for source in inputs}
+        return {source.name: known.volumes[0] for source in inputs}
     scans = {file.resolve() for source in inputs for file in source.files}
     labels = [volume for volume in known.volumes if volume.path.resolve() not in scans]
     named = {source.files[0]: source.name for source in inputs}
     pairing = pair_by_name([called(file, name) for file, name in named.items()], labels)
-    found = {named[scan]: label for _, scan, label in pairing.pairs}
+    volumes = {(volume.case, volume.path): volume for volume in labels}
+    found = {named[scan]: volumes[case, path] for case, scan, path in pairing.pairs}
     for source in inputs:
         if source.name not in found:
             raise VolumeError(

@@ -39,11 +39,11 @@ MOST_STRUCTURES = 20
 
 TOLD_BY_FILE = (
     *("SOPClassUID", "SeriesDescription", "StructureSetLabel", "Modality", "StudyInstanceUID"),
-    *("StructureSetROISequence", "ReferencedFrameOfReferenceSequence"),
+    *("StructureSetROISequence", "ReferencedFrameOfReferenceSequence", "ROIContourSequence"),
     *("SegmentSequence", "ReferencedSeriesSequence", "FrameOfReferenceUID"),
     *("SegmentationType", "PixelPaddingValue"),
 )
-"""Elements of the header that describe a file of structures, without its contours."""
+"""Elements of the header that describe a file of structures; contours themselves are not parsed."""
 
 StructureKind = Literal["contours", "segmentation"]
 
@@ -63,6 +63,18 @@ class StructureFile:
     frames_of_reference: frozenset[str] = field(default_factory=frozenset)
     """UIDs of the coordinate systems of its positions."""
     study: str = ""
+    undrawn: frozenset[int] = field(default_factory=frozenset)
+    """Indices of structures without contours: listed, such as by a template, but never drawn. A
+    segment is never one of them: BINARY, FRACTIONAL and LABELMAP say of each described segment
+    where it is absent (DICOM PS3.3 C.8.20.2.3), and writers leave out its empty frames."""
+
+    def names_told(self) -> str:
+        """The names of its structures as text; those without contours are marked."""
+        told = [
+            f"{name} (no contours)" if place in self.undrawn else name
+            for place, name in enumerate(self.names)
+        ]
+        return first_few(told, MOST_STRUCTURES) or "none"
 
 
 def structure_kind(path: Path) -> StructureKind | None:
@@ -101,10 +113,18 @@ def read_structure_file(path: Path) -> StructureFile:
         str(header.get("Modality") or "").strip(),
     )
     study = str(header.get("StudyInstanceUID") or "")
+    undrawn: set[int] = set()
     if kind == "contours":
-        names = [
-            str(roi.get("ROIName") or "") for roi in _listed(header, "StructureSetROISequence")
-        ]
+        structures = _listed(header, "StructureSetROISequence")
+        names = [str(roi.get("ROIName") or "") for roi in structures]
+        drawn = {
+            one.get("ReferencedROINumber")
+            for one in _listed(header, "ROIContourSequence")
+            if _has_contours(one)
+        }
+        undrawn = {
+            place for place, roi in enumerate(structures) if roi.get("ROINumber") not in drawn
+        }
         worlds = _listed(header, "ReferencedFrameOfReferenceSequence")
         series = [
             str(one.SeriesInstanceUID)
@@ -123,7 +143,9 @@ def read_structure_file(path: Path) -> StructureFile:
         ]
         frames = [str(header.get("FrameOfReferenceUID") or "")]
     known = frozenset(frames) - {""}
-    return StructureFile(path, kind, *about, tuple(names), frozenset(series), known, study)
+    return StructureFile(
+        path, kind, *about, tuple(names), frozenset(series), known, study, frozenset(undrawn)
+    )
 
 
 def paint_structures(path: Path, grid: Grid, rules: StructureRules) -> ndarray:
@@ -145,10 +167,11 @@ def paint_structures(path: Path, grid: Grid, rules: StructureRules) -> ndarray:
         SegkitError: pydicom or highdicom is not installed.
     """
     kind, header = structure_kind(path), read_header(path, pixels=True)
-    names = read_structure_file(path).names
-    chosen, absent = rules.chosen(names), rules.lacking(names)
+    file = read_structure_file(path)
+    names = file.names
+    chosen, absent = rules.chosen(names), rules.lacking(names, file.undrawn)
     if rules.refuses(absent):
-        raise VolumeError(absent_structure(path, absent, names, rules))
+        raise VolumeError(absent_structure(file, absent, rules))
     highest = max(abs(number) for number in (rules.background, *rules.numbers.values()))
     signed = min(rules.background, *rules.numbers.values()) < 0
     kind_of = np.min_scalar_type(-highest - 1 if signed else highest)
@@ -163,17 +186,15 @@ def paint_structures(path: Path, grid: Grid, rules: StructureRules) -> ndarray:
     return labels
 
 
-def absent_structure(
-    path: Path, absent: Sequence[str], names: Sequence[str], rules: StructureRules
-) -> str:
+def absent_structure(file: StructureFile, absent: Sequence[str], rules: StructureRules) -> str:
     """A sentence about the classes that have no structure in a file."""
     first = absent[0]
     patterns = ", ".join(rules.patterns[first])
     more = f" and {counted(len(absent) - 1, 'more class')}" if len(absent) > 1 else ""
     return (
-        f"{path}: expected a structure called {patterns} for {first}{more}, found "
-        f"{first_few(names, MOST_STRUCTURES) or 'none'}; add its name to data.dicom.structures, or "
-        f"set data.dicom.absent, which decides about cases without it"
+        f"{file.path}: expected a structure called {patterns} for {first}{more}, found "
+        f"{file.names_told()}; add its name to data.dicom.structures, or set data.dicom.absent, "
+        f"which decides about cases without it"
     )
 
 
@@ -279,10 +300,17 @@ def _listed(header: Any, name: str) -> list[Any]:
     return list(header.get(name) or [])
 
 
+def _has_contours(one: Any) -> bool:
+    """Whether a structure has contours, which are not parsed; for 3000, that takes 0.2 s."""
+    found = one.get_item("ContourSequence")
+    return found is not None and bool(found.value)
+
+
 def told_names(files: Sequence[StructureFile]) -> Mapping[str, int]:
-    """The number of files with each name of a structure, the most frequent name first."""
+    """The number of files in which each structure was drawn, the most frequent name first."""
     counts: dict[str, int] = {}
     for file in files:
+        drawn = {name for place, name in enumerate(file.names) if place not in file.undrawn}
         for name in dict.fromkeys(file.names):
-            counts[name] = counts.get(name, 0) + 1
+            counts[name] = counts.get(name, 0) + (name in drawn)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

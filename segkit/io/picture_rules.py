@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from segkit.io.structure_rules import StructureRules
@@ -46,6 +47,12 @@ class PictureRules:
     """The label number of each colour in label pictures."""
     structures: StructureRules | None = field(default=None, repr=False)
     """How structures of DICOM files become labels."""
+
+    def painting_on(self, image: Path | None) -> "PictureRules":
+        """The rules that paint structures of DICOM files on the grid of an image, if given."""
+        if self.structures is None or image is None:
+            return self
+        return replace(self, structures=replace(self.structures, image=image))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Rules that assign structures of DICOM structure sets and segmentations to classes."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +33,9 @@ class StructureRules:
     absent: AbsentRule = "refuse"
     overlap: bool = False
     """Whether a structure may belong to several classes, as for regions."""
-    images: Mapping[Path, Path] = field(default_factory=dict)
-    """The image of each file of structures. Labels are painted on its grid."""
+    image: Path | None = None
+    """The image on whose grid the labels are painted. Several images may share a file of
+    structures, so the rules of a case name its own."""
 
     def chosen(self, names: Sequence[str]) -> dict[str, list[int]]:
         """The indices of each class's structures in a list of names.
@@ -59,14 +60,22 @@ class StructureRules:
                 found[name].append(place)
         return found
 
-    def lacking(self, names: Sequence[str]) -> list[str]:
+    def lacking(self, names: Sequence[str], undrawn: Collection[int] = ()) -> list[str]:
         """The classes without a structure in a list of names.
+
+        Args:
+            names: the names of structures.
+            undrawn: indices of structures that nobody drew, so that they do not count.
 
         Raises:
             VolumeError: a structure would belong to two classes.
         """
         chosen = self.chosen(names)
-        return [name for name, found in chosen.items() if not found and name != IGNORED]
+        return [
+            name
+            for name, found in chosen.items()
+            if name != IGNORED and not set(found).difference(undrawn)
+        ]
 
     def refuses(self, lacking: Sequence[str]) -> bool:
         """Whether a case without these classes is refused; a case without any class always is."""

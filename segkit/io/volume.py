@@ -116,7 +116,7 @@ def read_label_values(
 
     Args:
         path: a file that `read_volume` can read, or a DICOM structure set or segmentation if the
-            rules give its classes and its series.
+            rules give its classes and the image on whose grid they are painted.
         rules: as for `read_volume`; if it has colours, they give the labels of a picture.
         working: as for `read_volume`.
 
@@ -135,12 +135,12 @@ def read_label_values(
 def _placed_structures(path: Path, rules: PictureRules) -> tuple[StructureRules, Grid]:
     """The rules that turn the structures of a file into labels, and the grid of the labels."""
     structures = rules.structures
-    if structures is None or path not in structures.images:
+    if structures is None or structures.image is None:
         raise VolumeError(
             f"{path}: is a DICOM structure set or segmentation; name its structures with "
             "data.dicom.structures in a dataset's YAML file, and pass that file"
         )
-    return structures, read_grid(structures.images[path])
+    return structures, read_grid(structures.image)
 
 
 def read_labels(

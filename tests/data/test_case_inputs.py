@@ -89,10 +89,41 @@ def test_predictions_among_the_derivatives_are_no_labels(bids: Path) -> None:
     assert [path.parent.parent.parent.parent for path in bids_labels(own).values()] == [own] * 2
 
 
-def test_two_files_of_one_kind_in_a_bids_folder_are_refused(bids: Path) -> None:
-    save(bids / "sub-01" / "ses-b" / "anat" / "sub-01_ses-b_acq-x_T1w.nii.gz", 5)
+@pytest.mark.parametrize("name", ["anat/sub-01_ses-b_acq-x_T1w", "func/sub-01_ses-b_task-x_bold"])
+def test_two_files_for_a_channel_of_a_case_in_a_bids_folder_are_refused(
+    name: str, bids: Path
+) -> None:
+    save(bids / "sub-01" / "ses-b" / f"{name}.nii.gz", 5)
+    channels = [name.rpartition("_")[2], "T1w"]
     with pytest.raises(DatasetError, match="are two images of the same kind and case; select one"):
-        inputs_in([bids], MODEL)
+        inputs_in([bids], channels)
+    if "anat" in name:
+        with pytest.raises(
+            DatasetError, match=r"_T1w\.nii\.gz and .*_acq-x_T1w\.nii\.gz are two images"
+        ):
+            dataset_of(DatasetConfig(folder=bids))
+
+
+def test_several_files_of_a_kind_that_is_no_channel_do_no_harm_in_a_bids_folder(
+    bids: Path,
+) -> None:
+    before = dataset_of(DatasetConfig(folder=bids))
+    inputs = inputs_in([bids], MODEL)
+    anatomy = bids / "sub-01" / "ses-b" / "anat"
+    for name in ("inv-1_MP2RAGE", "inv-2_MP2RAGE", "echo-1_MEGRE", "echo-2_MEGRE"):
+        save(anatomy / f"sub-01_ses-b_{name}.nii.gz", 7)
+    for name in ("acq-a_T2w", "acq-b_T2w"):  # of a case without labels
+        save(bids / "sub-03" / "ses-b" / "anat" / f"sub-03_ses-b_{name}.nii.gz", 7)
+    for name in ("acq-a_FLAIR", "acq-b_FLAIR"):  # of a case that lacks the other channel
+        save(bids / "sub-04" / "ses-b" / "anat" / f"sub-04_ses-b_{name}.nii.gz", 7)
+    assert dataset_of(DatasetConfig(folder=bids)) == before
+    assert inputs_in([bids], MODEL) == inputs
+
+
+def test_an_anatomical_image_counts_more_than_others_of_its_kind(bids: Path) -> None:
+    save(bids / "sub-01" / "ses-b" / "aaa" / "sub-01_ses-b_T1w.nii.gz", 99)
+    save(bids / "sub-01" / "ses-b" / "fmap" / "sub-01_ses-b_T1w.nii.gz", 99)
+    assert values(inputs_in([bids], MODEL)[0]) == [1, 11]
 
 
 def test_patterns_and_tables_give_images_with_or_without_labels(bids: Path) -> None:

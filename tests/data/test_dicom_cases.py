@@ -9,11 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from pydicom import dcmread
 
 from segkit.config.dataset_files import DatasetConfig
-from segkit.data.dataset import check_headers, dataset_of, grid_of_case, read_case
+from segkit.data.case_inputs import inputs_in
+from segkit.data.dataset import (
+    check_headers,
+    dataset_of,
+    grid_of_case,
+    read_case,
+    read_case_label,
+)
 from segkit.errors import DatasetError, SegkitError
 from segkit.evaluation.evaluate import evaluate
+from segkit.explain.references import find_references
 from segkit.geometry.grid import Grid
 from segkit.io import dicom, dicom_headers, dicom_listing
 from segkit.io.checksums import file_states
@@ -139,6 +148,17 @@ def test_a_case_without_structures_of_a_class_may_be_partly_labelled(cohort: Pat
     assert_array_equal(np.unique(label.data), [0, 2])
 
 
+def test_a_structure_without_contours_is_one_that_nobody_drew(cohort: Path) -> None:
+    slice_ = next(path for path in (cohort / "p2" / "CT").iterdir() if path.name[:2] == "IM")
+    body = [box_contour(GRID, (0.5, 0.5), (10.5, 8.5), z) for z in range(5)]
+    write_structures(cohort / "p2" / "RS.dcm", slice_, {"Body": body, "GTV": []})
+    both = {"tumour": ["GTV*"], "body": ["body"]}
+    with pytest.raises(DatasetError, match=r"case p2_CT: .*, found Body, GTV \(no contours\);"):
+        dataset_of(settings(cohort, structures=both))
+    dataset = dataset_of(settings(cohort, structures=both, absent="unlabelled"))
+    assert dataset.unlabelled == {"p2_CT": ("tumour",)}
+
+
 def test_two_structure_sets_of_a_series_are_told_apart_by_a_rule(cohort: Path) -> None:
     slice_ = next(path for path in (cohort / "p1" / "CT").iterdir() if path.name[:2] == "IM")
     write_structures(cohort / "p1" / "old.dcm", slice_, {"GTV": []}, description="old")
@@ -203,6 +223,73 @@ def test_images_are_named_by_files_or_by_dicom_and_not_by_both(cohort: Path) -> 
         DatasetConfig.model_validate(
             {"folder": str(cohort), "files": files, "dicom": {"images": {"CT": {}}}}
         )
+
+
+def shared_structures(root: Path) -> Path:
+    """Two series of one coordinate system, and a structure set that names only this system.
+
+    One has every slice of GRID. The other has every second one, and begins two columns further.
+    """
+    slices = write_series(root / "thin", np.zeros(SHAPE, np.uint16), GRID)
+    source = dcmread(slices[0])
+
+    def of_same(_: int, one: Any) -> None:
+        one.StudyInstanceUID = source.StudyInstanceUID
+        one.FrameOfReferenceUID = source.FrameOfReferenceUID
+
+    coarse = GRID.affine @ np.diag([1, 1, 2, 1])
+    coarse[:, 3] += 2 * coarse[:, 0]
+    thick = Grid((10, 10, 3), coarse)
+    write_series(root / "thick", np.zeros(thick.shape, np.uint16), thick, change=of_same)
+    boxes = [box_contour(GRID, (3.5, 1.5), (6.5, 4.5), z) for z in (2, 4)]
+    path = write_structures(root / "RS.dcm", slices[0], {"GTV": boxes})
+    file = dcmread(path)
+    del file.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence
+    file.save_as(path)
+    return path
+
+
+def test_a_structure_set_of_two_series_is_painted_on_the_grid_of_each(tmp_path: Path) -> None:
+    root = tmp_path / "cohort"
+    shared_structures(root)
+    (root / "cases.csv").write_text("id,image,label\nthin,thin,RS.dcm\nthick,thick,RS.dcm\n")
+    told = {"folder": str(root), "labels": {"background": 0, "tumour": 1}}
+    by_table = DatasetConfig.model_validate(
+        {**told, "files": {"table": "cases.csv"}, "dicom": {"structures": {"tumour": ["GTV"]}}}
+    )
+    for config in (settings(root), by_table):
+        dataset = dataset_of(config)
+        assert [case.name for case in dataset.cases] == ["thick", "thin"]
+        check_headers(dataset.cases, dataset)
+        (_, thick), (_, thin) = (read_case(case, dataset) for case in dataset.cases)
+        expected = np.zeros(SHAPE)
+        expected[4:7, 2:5, [2, 4]] = 1
+        assert_array_equal(thin.data, expected)
+        assert_array_equal(thick.data, expected[2:, :, ::2])
+        assert_array_equal(read_case_label(dataset.cases[0], dataset).data, thick.data)
+
+
+def test_predictions_of_two_series_are_scored_against_one_structure_set(tmp_path: Path) -> None:
+    root, out = tmp_path / "cohort", tmp_path / "out"
+    shared_structures(root)
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"data:\n  folder: {root}\n  dicom:\n    images: {{CT: {{modality: CT}}}}\n"
+        "    structures: {tumour: GTV}\n"
+    )
+    dataset = dataset_of(settings(root))
+    for case in dataset.cases:
+        label = read_case_label(case, dataset)
+        write_volume(out / f"{case.name}.nii.gz", label)
+        shares = np.stack([label.data == 0, label.data == 1], axis=-1).astype(np.float32)
+        write_volume(out / f"{case.name}_prob.nii.gz", label.like(shares))
+    scores = evaluate(out, study, probabilities=True)
+    assert not scores.failures and scores.dice_of_cases == {"thick": 1, "thin": 1}
+    found = find_references(inputs_in([study], ["CT"]), study)
+    assert {name: each.image for name, each in found.items()} == {
+        "thick": root / "thick",
+        "thin": root / "thin",
+    }
 
 
 def test_predictions_are_scored_against_structures(cohort: Path, tmp_path: Path) -> None:

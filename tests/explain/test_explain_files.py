@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from segkit.config.attention import AdditiveGridGateConfig, CrossAttentionConfig
 from segkit.errors import ModelError, VolumeError
+from segkit.evaluation.references import NamedVolume
 from segkit.explain.explain_files import explain_files
 from segkit.explain.explain_heads import explain_heads
 from segkit.explain.explain_scan import explain_volume
@@ -210,16 +212,21 @@ def test_the_files_of_heads_are_overwritten_only_with_overwrite(
     assert (out / existing).read_text() != "mine"
 
 
+def paths_of(found: Mapping[str, NamedVolume]) -> dict[str, Path]:
+    return {name: volume.path for name, volume in found.items()}
+
+
 def test_a_reference_is_the_file_itself_or_its_namesake_in_a_folder(tmp_path: Path) -> None:
     volume = Volume(np.ones((2, 2, 2), np.uint8), Grid((2, 2, 2), np.eye(4)))
     for name in ("x.nii.gz", "x_1.nii.gz", "y.nrrd"):
         write_volume(tmp_path / name, volume)
     x, y, z = (Input(name, (Path(f"scans/{name}.mha"),)) for name in "xyz")
-    assert find_references([x, y], tmp_path) == {
+    assert paths_of(find_references([x, y], tmp_path)) == {
         "x": tmp_path / "x.nii.gz",
         "y": tmp_path / "y.nrrd",
     }
-    assert find_references([z], tmp_path / "x_1.nii.gz") == {"z": tmp_path / "x_1.nii.gz"}
+    single = tmp_path / "x_1.nii.gz"
+    assert paths_of(find_references([z], single)) == {"z": single}
     with pytest.raises(
         VolumeError, match=r"contains no reference called z; add it or leave out this volume$"
     ):
@@ -251,7 +258,7 @@ def test_references_pair_by_the_rule_of_evaluation(tmp_path: Path, scan: str, la
             sources.append(Input(name, (scans / f"{name}.mha",)))
             wanted[name] = labels / label.format(case)
             write_volume(wanted[name], volume)
-        assert find_references(sources, labels) == wanted
+        assert paths_of(find_references(sources, labels)) == wanted
 
 
 def test_two_references_of_one_scan_are_refused(tmp_path: Path) -> None:

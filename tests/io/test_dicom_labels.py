@@ -14,7 +14,7 @@ from segkit.config.labels import Labelling
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.inference.dicom_seg import write_dicom_segmentation
-from segkit.io.dicom_labels import read_structure_file
+from segkit.io.dicom_labels import read_structure_file, told_names
 from segkit.io.dicom_listing import choose_series
 from segkit.io.picture_rules import PictureRules
 from segkit.io.structure_rules import StructureRules
@@ -33,14 +33,11 @@ def series(tmp_path: Path) -> Path:
     return tmp_path / "ct"
 
 
-def rules_of(
-    path: Path, series: Path, patterns: Mapping[str, Sequence[str]], **more: object
-) -> PictureRules:
+def rules_of(series: Path, patterns: Mapping[str, Sequence[str]], **more: object) -> PictureRules:
     numbers = {name: number for number, name in enumerate(patterns, start=1)}
     listed = {name: tuple(each) for name, each in patterns.items()}
-    images = {path: series}
     return PictureRules(
-        structures=StructureRules(listed, numbers, images=images, **more)  # type: ignore[arg-type]
+        structures=StructureRules(listed, numbers, image=series, **more)  # type: ignore[arg-type]
     )
 
 
@@ -52,7 +49,7 @@ def painted(
 ) -> Volume:
     slice_ = next(series.iterdir())
     path = write_structures(series.parent / "RS.dcm", slice_, contours)
-    return read_label_values(path, rules=rules_of(path, series, patterns, **more))
+    return read_label_values(path, rules=rules_of(series, patterns, **more))
 
 
 def block(low: Sequence[int], high: Sequence[int], number: int = 1) -> ndarray:
@@ -160,18 +157,36 @@ def test_contours_that_do_not_lie_on_slices_are_refused(
     drawn = {"GTV": [box_contour(GRID, (1, 1), (4, 4), z)]}
     path = write_structures(tmp_path / "RS.dcm", next(series.iterdir()), drawn, kind=kind)
     with pytest.raises(VolumeError, match=words) as refusal:
-        read_label_values(path, rules=rules_of(path, series, {"tumour": ["GTV"]}))
+        read_label_values(path, rules=rules_of(series, {"tumour": ["GTV"]}))
     assert str(refusal.value).startswith(f"{path}: structure GTV")
 
 
 def test_a_class_without_a_structure_is_refused_unless_the_rules_say_what_it_is(
     series: Path,
 ) -> None:
-    drawn = {"Mass": [box_contour(GRID, (1, 1), (4, 4), 2)], "Cord": []}
-    patterns = {"tumour": ["GTV*", "gross"], "cord": ["cord"]}
-    with pytest.raises(VolumeError, match=r"called GTV\*, gross for tumour, found Mass, Cord;"):
-        painted(series, drawn, patterns)
-    assert not painted(series, drawn, patterns, absent="background").data.any()
+    drawn = {"Mass": [], "Cord": [box_contour(GRID, (0.5, 0.5), (4.5, 4.5), 2)]}
+    told = r"for tumour, found Mass \(no contours\), Cord;"
+    for patterns in (["GTV*", "gross"], ["mass"]):  # not listed, or listed and not drawn
+        classes = {"tumour": patterns, "cord": ["cord"]}
+        with pytest.raises(VolumeError, match=told):
+            painted(series, drawn, classes)
+        labels = painted(series, drawn, classes, absent="background").data
+        assert_array_equal(labels, block((1, 1, 2), (5, 5, 3), 2))
+
+
+@pytest.mark.parametrize("listed", ["no item", "no sequence", "no contours"])
+def test_a_structure_without_contours_is_undrawn(listed: str, series: Path, tmp_path: Path) -> None:
+    drawn = {"Mass": [], "Cord": [box_contour(GRID, (1, 1), (4, 4), 2)]}
+    path = write_structures(tmp_path / "RS.dcm", next(series.iterdir()), drawn)
+    file = dcmread(path)
+    if listed == "no item":
+        del file.ROIContourSequence[0]
+    elif listed == "no sequence":
+        del file.ROIContourSequence[0].ContourSequence
+    file.save_as(path)
+    told = read_structure_file(path)
+    assert (told.names, told.undrawn) == (("Mass", "Cord"), {0})
+    assert told_names([told]) == {"Cord": 1, "Mass": 0}
 
 
 def test_contours_of_no_structure_are_refused(series: Path, tmp_path: Path) -> None:
@@ -181,7 +196,7 @@ def test_contours_of_no_structure_are_refused(series: Path, tmp_path: Path) -> N
     del file.StructureSetROISequence[-1]
     file.save_as(path)
     with pytest.raises(VolumeError, match="found those of number 8, which no structure has"):
-        read_label_values(path, rules=rules_of(path, series, {"a": ["a"]}))
+        read_label_values(path, rules=rules_of(series, {"a": ["a"]}))
 
 
 def test_structures_without_rules_for_their_classes_are_refused(
@@ -223,7 +238,7 @@ def test_a_segmentation_comes_back_as_the_labels_that_it_was_made_of(
     told = read_structure_file(path)
     assert (told.kind, told.modality, told.names) == ("segmentation", "SEG", ("liver", "lesion"))
     assert told.series == {choose_series(tmp_path / "ct").uid}
-    rules = rules_of(path, tmp_path / "ct", {"liver": ["liver"], "lesion": ["lesion"]})
+    rules = rules_of(tmp_path / "ct", {"liver": ["liver"], "lesion": ["lesion"]})
     assert_array_equal(read_label_values(path, rules=rules).data, labels)
 
 
@@ -231,7 +246,7 @@ def test_a_segmentation_on_another_grid_is_refused(series: Path, tmp_path: Path)
     segmentation(series, tmp_path / "SEG")
     moved = affine_of("LPS", spacing=(0.8, 1.1, 3.0), origin=(-80.6, 23.5, 140.25))
     write_series(tmp_path / "other", STORED, Grid(SHAPE, moved))
-    rules = rules_of(tmp_path / "SEG", tmp_path / "other", {"liver": ["*"]})
+    rules = rules_of(tmp_path / "other", {"liver": ["*"]})
     with pytest.raises(VolumeError, match="segment liver lies on another grid than the series"):
         read_label_values(tmp_path / "SEG", rules=rules)
 
@@ -251,4 +266,4 @@ def test_a_damaged_file_of_structures_is_refused_in_a_sentence(
     with pytest.raises(
         VolumeError, match=r"RS\.dcm: cannot be read as DICOM: .*; export the file again, or move"
     ):
-        read_label_values(path, rules=rules_of(path, series, {"tumour": ["GTV"]}))
+        read_label_values(path, rules=rules_of(series, {"tumour": ["GTV"]}))

@@ -40,7 +40,7 @@ def read(path: Path, series: Path, patterns: Mapping[str, Sequence[str]] = CLASS
     """The labels of a file on GRID; the classes are 1, 2, … in order."""
     numbers = {name: number for number, name in enumerate(patterns, start=1)}
     listed = {name: tuple(each) for name, each in patterns.items()}
-    structures = StructureRules(listed, numbers, images={path: series})
+    structures = StructureRules(listed, numbers, image=series)
     labels = read_label_values(path, rules=PictureRules(structures=structures))
     places = np.indices(SHAPE).reshape(3, -1).T.astype(float)
     found = np.rint(labels.grid.index(GRID.world(places))).astype(int)
@@ -75,6 +75,16 @@ def test_the_background_of_a_labelmap_is_no_structure(series: Path, tmp_path: Pa
     assert dcmread(path).SegmentSequence[0].SegmentLabel == "Background"
     assert read_structure_file(path).names == ("liver", "lesion")
     assert_array_equal(read(path, series, {"organ": ["*"]}), EXPECTED > 0)
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+def test_a_segment_without_voxels_says_that_its_class_is_absent(
+    kind: str, series: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "seg.dcm"
+    write_segments(path, series, (EXPECTED == 1).astype(np.uint8), NAMES, kind)
+    assert not read_structure_file(path).undrawn
+    assert_array_equal(read(path, series), EXPECTED == 1)  # with absent: refuse
 
 
 @pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL"])
