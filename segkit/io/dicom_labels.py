@@ -169,6 +169,8 @@ def paint_structures(path: Path, grid: Grid, rules: StructureRules) -> ndarray:
     kind, header = structure_kind(path), read_header(path, pixels=True)
     file = read_structure_file(path)
     names = file.names
+    if kind == "contours":
+        _refuse_unknown_contours(path, header)
     chosen, absent = rules.chosen(names), rules.lacking(names, file.undrawn)
     if rules.refuses(absent):
         raise VolumeError(absent_structure(file, absent, rules))
@@ -179,7 +181,6 @@ def paint_structures(path: Path, grid: Grid, rules: StructureRules) -> ndarray:
     if kind == "segmentation":
         paint_segments(path, header, chosen, rules.numbers, grid, labels)
         return labels
-    _refuse_unknown_contours(path, header)
     for name, places in chosen.items():
         for place in places:
             _contoured(path, header, place, names[place], grid, labels, rules.numbers[name])
