@@ -24,7 +24,9 @@ IN_LENGTHS = {
     **dict.fromkeys(("m", "meter", "metre"), 1e3),
 }
 """Millimetres of each unit, by its name in files and settings, in lower case."""
-LENGTH_IN_UNIT = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([^\W\d]+)\s*", re.IGNORECASE)
+NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
+"""Pattern of a number above or equal to zero, as settings may give it."""
+LENGTH_IN_UNIT = re.compile(rf"\s*({NUMBER})\s*([^\W\d]+)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
