@@ -17,11 +17,13 @@ from segkit.config.pictures import PicturesConfig
 from segkit.data.dataset import read_case, read_dataset
 from segkit.errors import DatasetError, VolumeError
 from segkit.evaluation.evaluate import evaluate
+from segkit.evaluation.score_table import to_table
+from segkit.geometry.grid import Grid
 from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor
 from segkit.io.inputs import find_inputs
 from segkit.io.pictures import write_montage
-from segkit.io.volume import read_labels, read_volume
+from segkit.io.volume import Volume, read_labels, read_volume, write_volume
 from segkit.model.build import build_network
 from segkit.model.folder import Model, picture_rules_of
 from segkit.planning.make_plan import plan_dataset
@@ -128,7 +130,7 @@ def test_nnunets_layout_may_hold_pictures_with_all_colours_in_one_file(tmp_path:
 
 def test_check_says_sizes_notes_and_where_the_pixel_size_is_from(tmp_path: Path) -> None:
     text = str(check(dataset(tmp_path, pictures={"pixel_size": "4 nm"})))
-    assert "size in pixels (columns, rows): 24, 20 " in text
+    assert "size in pixels (columns, rows): 24, 20" in text
     assert "pixel size in µm: 0.004, 0.004;" in text
     assert "from the settings (3 cases)" in text
     one = save(tmp_path / "rgba.png", RNG.integers(256, size=(4, 5, 4)))
@@ -274,7 +276,7 @@ def test_distances_are_in_pixels_if_no_file_has_a_scale(tmp_path: Path) -> None:
     assert case["dice"] == pytest.approx(2 * 70 / 200)
     assert case["prediction_ml"] is None  # an area has no volume
     assert evaluate(*two_squares(tmp_path), tolerance="3 pixels").to_json()["cases"][0]["nsd"] == 1
-    with pytest.raises(VolumeError, match="measured in pixels; give it as '2 pixels'"):
+    with pytest.raises(VolumeError, match="measured in pixels; give it as '2 pixels', or set"):
         evaluate(*two_squares(tmp_path), tolerance="1 µm")
 
 
@@ -290,6 +292,54 @@ def test_distances_are_in_micrometres_if_pixels_have_a_size(tmp_path: Path) -> N
     told = evaluate(*pair, pixel_size="4 nm").to_json()
     assert told["cases"][0]["hd95_um"] == pytest.approx(0.012)
     assert told["tolerance_um"] == pytest.approx(0.008)
+
+
+@pytest.mark.parametrize("asked", [None, "2 pixels"])
+@pytest.mark.parametrize("sizes", [(0.5, 5.0), (5.0, 0.5)])
+def test_a_tolerance_in_pixels_is_that_of_each_pictures_own_pixels(
+    tmp_path: Path, sizes: tuple[float, float], asked: str | None
+) -> None:
+    for case, size, shift in zip("ab", sizes, (2, 8), strict=True):
+        labels = np.zeros((40, 40), np.uint8)
+        labels[8:28, 8:28] = 1
+        for part, values in (("r", labels), ("p", np.roll(labels, shift, axis=0))):
+            save(tmp_path / part / f"{case}.png", values, dpi=(25400 / size, 25400 / size))
+    scores = evaluate(tmp_path / "p", tmp_path / "r", tolerance=asked)
+    near, far = scores.cases
+    assert near.metrics["nsd"] == 1 and far.metrics["nsd"] < 0.8
+    for row, size in zip(scores.cases, sizes, strict=True):
+        alone = evaluate(
+            tmp_path / "p" / f"{row.case}.png", tmp_path / "r" / f"{row.case}.png", tolerance=asked
+        )
+        assert alone.cases[0].metrics["nsd"] == row.metrics["nsd"]
+        assert row.tolerance_mm == pytest.approx(2e-3 * size, rel=1e-3)
+        told = alone.to_json()
+        assert told["tolerance_um"] == pytest.approx(2 * size, rel=1e-3)
+        assert told["tolerance_pixels"] == told["cases"][0]["tolerance_pixels"] == 2
+    told = scores.to_json()
+    assert told["tolerance_pixels"] == 2 and "tolerance_um" not in told
+    assert str(to_table(scores.summary).caption).count("NSD: within 2 pixels. ") == 1
+    fixed = evaluate(tmp_path / "p", tmp_path / "r", tolerance="10.1 µm")
+    assert fixed.cases[0].tolerance_mm == fixed.cases[1].tolerance_mm == 0.0101
+    assert "tolerance_pixels" not in fixed.to_json()
+
+
+def test_pictures_and_volumes_need_one_tolerance_in_mm(tmp_path: Path) -> None:
+    values = np.zeros((8, 8), np.uint8)
+    values[2:4] = 1
+    for folder in ("p", "r"):
+        save(tmp_path / folder / "a.png", values, dpi=(254, 254))
+    volume = Volume(values[..., None], Grid((8, 8, 1), np.eye(4)))
+    write_volume(tmp_path / "r" / "b.nii.gz", volume)
+    table = tmp_path / "table.csv"
+    table.write_text("id,label\na,r/a.png\nb,r/b.nii.gz\n")
+    with pytest.raises(VolumeError, match="the picture a and the volume b; give one tolerance"):
+        evaluate(tmp_path / "p", table, missing="empty")
+    found = evaluate(tmp_path / "p", table, missing="empty", tolerance_mm=1.0)
+    assert found.summary.tolerance_mm == 1 and not found.failures
+    found = evaluate(tmp_path / "p", table, missing="empty", tolerance="2 pixels")
+    assert [row.case for row in found.cases] == ["a"]
+    assert "b.nii.gz: expected a tolerance in mm, found 2 pixels" in found.failures["b"]
 
 
 def test_a_dataset_of_pictures_scores_predictions_in_its_colours_or_as_numbers(

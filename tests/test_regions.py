@@ -27,6 +27,7 @@ from segkit.data.dataset import Dataset, read_dataset
 from segkit.data.dataset_json import read_labelling
 from segkit.errors import ConfigError
 from segkit.evaluation.evaluate import score_pairs
+from segkit.evaluation.tolerance import Tolerance
 from segkit.explain.heads.study import ScoredVolume, case_dice
 from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor
@@ -355,7 +356,9 @@ def test_labels_in_the_ignored_part_do_not_change_surface_distances(
         data[10:] = np.random.default_rng(0).integers(0, 3, data[10:].shape)
         write_volume(tmp_path / path.name, label.like(data))
         pairs.append((path.name, tmp_path / path.name, path))
-    rows, failures = score_pairs(pairs, read_labelling(ignoring / "dataset.json"), tolerance_mm=1.0)
+    rows, failures = score_pairs(
+        pairs, read_labelling(ignoring / "dataset.json"), tolerance=Tolerance(mm=1.0)
+    )
     assert len(rows) == 2 * len(pairs) and failures == {}
     for row in rows:
         assert [row.metrics[key] for key in ("dice", "hd95_mm", "nsd")] == [1, 0, 1]

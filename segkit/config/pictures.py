@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from segkit.config.base import Name, Section
 from segkit.config.labels import Labelling
-from segkit.io.picture_rules import PictureRules, Rgb, length_mm
+from segkit.io.picture_rules import PictureRules, Rgb, pixel_length_mm
 
 PIXEL = "pixel"
 HEXADECIMAL = re.compile(r"#[0-9a-f]{6}")
@@ -22,7 +22,7 @@ def _sizes(value: Any) -> Any:
 def _checked_sizes(sizes: list[str]) -> list[str]:
     for size in sizes:
         if size != PIXEL:
-            length_mm(size)
+            pixel_length_mm(size)
     if PIXEL in sizes and len(sizes) > 1:
         raise ValueError(f"'{PIXEL}' must be the only value, found {sizes}; remove the others")
     return sizes
@@ -118,5 +118,5 @@ def pixel_mm_of(sizes: Sequence[str] | None) -> tuple[tuple[float, ...] | None, 
         return None, False
     if list(sizes) == [PIXEL]:
         return None, True
-    lengths = tuple(length_mm(size) for size in sizes)
+    lengths = tuple(pixel_length_mm(size) for size in sizes)
     return lengths * 2 if len(lengths) == 1 else lengths, False

@@ -1,7 +1,6 @@
 """The files of each case in a folder without a dataset.json, found by patterns or in a table."""
 
 import logging
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from segkit.config.dataset_files import FilesConfig
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
 from segkit.data.proposed_files import told_labels
+from segkit.data.wildcards import case_name, expression_of
 from segkit.errors import DatasetError, Problems, first_few, printable
 from segkit.io.tables import read_csv
 from segkit.io.volume import check_readable, is_dicom_path
@@ -16,8 +16,6 @@ from segkit.io.volume import check_readable, is_dicom_path
 logger = logging.getLogger(__name__)
 
 ID, IMAGE, LABEL = "id", "image", "label"
-WILDCARD = re.compile(r"\*\*/|\*|\?")
-MATCHES = {"**/": "(?:.*/)?", "*": "([^/]*)", "?": "([^/])"}
 
 
 def list_files(folder: Path, files: FilesConfig, given: Labelling | None = None) -> DatasetJson:
@@ -64,7 +62,7 @@ def list_images(
     if files.table is not None:
         channels, rows = _rows_of(folder, files, labelled=False)
         return channels, [(name, images) for name, images, _ in rows]
-    found = [matched(folder, pattern) for pattern in files.images.values()]
+    found = _images(folder, files, matched(folder, files.label) if files.label else {})
     for pattern, paths in zip(files.images.values(), found, strict=True):
         if not paths:
             raise DatasetError(
@@ -86,7 +84,7 @@ def list_images(
 def _by_patterns(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[NamedFiles]]:
     """All cases that have a label. Images without a label are left out, with a warning."""
     labels = matched(folder, files.label)
-    images = [matched(folder, pattern) for pattern in files.images.values()]
+    images = _images(folder, files, labels)
     for pattern, found in ((files.label, labels), *zip(files.images.values(), images, strict=True)):
         if not found:
             raise DatasetError(
@@ -109,6 +107,21 @@ def _by_patterns(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], lis
     return tuple(files.images), cases
 
 
+def _images(folder: Path, files: FilesConfig, labels: dict[str, Path]) -> list[dict[str, Path]]:
+    """The files that match each pattern of images, but no labels: `a_mask.png` also fits `*.png`.
+
+    Args:
+        folder: the folder of the dataset.
+        files: the patterns.
+        labels: the label of each case.
+    """
+    of_labels = set(labels.values())
+    return [
+        {name: path for name, path in matched(folder, pattern).items() if path not in of_labels}
+        for pattern in files.images.values()
+    ]
+
+
 def matched(folder: Path, pattern: str) -> dict[str, Path]:
     """The files in a folder that match a pattern, by the texts that its wildcards match.
 
@@ -120,7 +133,7 @@ def matched(folder: Path, pattern: str) -> dict[str, Path]:
         DatasetError: two files would have the same name.
         VolumeError: a file is not a volume.
     """
-    expression = re.compile(_expression(pattern))
+    expression = expression_of(pattern)
     found: dict[str, Path] = {}
     for path in sorted(folder.glob(pattern.replace("[", "[[]"))):
         inside = path.relative_to(folder)
@@ -128,7 +141,7 @@ def matched(folder: Path, pattern: str) -> dict[str, Path]:
         hidden = any(part[0] == "." for part in inside.parts)
         if match is None or hidden or not (path.is_file() or is_dicom_path(path)):
             continue
-        name = "_".join(dict.fromkeys(match.groups()))
+        name = case_name(match)
         if name in found:
             raise DatasetError(
                 f"{folder}: {pattern} matches {found[name].relative_to(folder)} and {inside}, both "
@@ -137,14 +150,6 @@ def matched(folder: Path, pattern: str) -> dict[str, Path]:
         check_readable(path)
         found[name] = path
     return found
-
-
-def _expression(pattern: str) -> str:
-    parts, end = [], 0
-    for wildcard in WILDCARD.finditer(pattern):
-        parts += [re.escape(pattern[end : wildcard.start()]), MATCHES[wildcard[0]]]
-        end = wildcard.end()
-    return "".join([*parts, re.escape(pattern[end:])])
 
 
 def _in_table(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], list[NamedFiles]]:

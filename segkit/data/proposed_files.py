@@ -9,12 +9,14 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import yaml
 
+from segkit.data.wildcards import case_name, expression_of
 from segkit.errors import VolumeError, printable
 from segkit.io.volume import read_label_values
 from segkit.io.volume_names import has_volume_suffix, stem_of
@@ -56,21 +58,64 @@ def proposed_files(folder: Path) -> dict[str, Any] | None:
     """The section `data` that fits the files in a folder; None if no pattern fits them.
 
     Patterns are made from the names of folders and files: a folder for each patient, folders of
-    images and of labels, or subjects of BIDS. The numbers of classes are those in the first labels.
+    images and of labels at any depth, endings such as `_mask`, or subjects of BIDS. The numbers of
+    classes are those in the first labels.
     """
-    patterns = _patterns(folder)
-    if not patterns:
+    files = itertools.islice(_volumes(folder), LISTED_FILES)
+    inside = {path: PurePosixPath(path.relative_to(folder).as_posix()) for path in files}
+    if any(len(place.parts) > 1 and place.parts[0].startswith("sub-") for place in inside.values()):
+        wanted = {path: ENTITY_VALUE.sub(r"\1-*", str(place)) for path, place in inside.items()}
+        found = _chosen(wanted, inside)
+    else:
+        both = [_chosen(_by_patient(inside), inside), _chosen(_by_folder(inside), inside)]
+        found = max(both, key=lambda one: one.num_cases if one else 0)
+    if found is None:
         return None
-    most = max(len(files) for files in patterns.values())
-    common = {key: files for key, files in patterns.items() if 2 * len(files) >= most}
+    files_of_case = {"images": _channels(found.images), "label": found.label}
+    names = names_of_classes(found.labels)
+    return {"data": {"folder": str(folder), "files": files_of_case, "labels": names}}
+
+
+@dataclass(frozen=True)
+class _Proposal:
+    """Patterns of the images and the label, the label files, and how many cases are complete."""
+
+    images: Sequence[str]
+    label: str
+    labels: Sequence[Path]
+    num_cases: int
+
+
+def _chosen(wanted: Mapping[Path, str], inside: Mapping[Path, PurePosixPath]) -> _Proposal | None:
+    """The patterns of images and of the label that name the same cases; None if there are none.
+
+    Args:
+        wanted: the pattern of each file.
+        inside: the place of each file in the folder.
+    """
+    found: dict[str, dict[str, Path]] = defaultdict(dict)  # files by pattern and name of the case
+    for path, pattern in wanted.items():
+        match = expression_of(pattern).fullmatch(str(inside[path]))
+        if "*" in pattern and match:
+            found[pattern][case_name(match)] = path
+    most = max(map(len, found.values()), default=0)
+    common = {key: cases for key, cases in found.items() if 2 * len(cases) >= most}
     labels = [key for key in common if _is_of_labels(key)]
-    images = [key for key in common if key not in labels and not key.startswith(f"{DERIVATIVES}/")]
-    if not labels or not images or len(images) > PROPOSED_CHANNELS:
+    if not labels:
         return None
     label = max(labels, key=lambda key: (key.startswith(f"{DERIVATIVES}/"), len(common[key])))
-    names = names_of_classes(common[label])
-    files = {"images": _channels(images), "label": label}
-    return {"data": {"folder": str(folder), "files": files, "labels": names}}
+    cases = set(common[label])
+    images = [
+        key
+        for key in common
+        if key not in labels
+        and not key.startswith(f"{DERIVATIVES}/")
+        and 2 * len(cases & common[key].keys()) >= len(cases)
+    ]
+    if not images or len(images) > PROPOSED_CHANNELS:
+        return None
+    whole = cases.intersection(*(common[key] for key in images))
+    return _Proposal(images, label, list(common[label].values()), len(whole))
 
 
 def names_of_classes(labels: Sequence[Path]) -> dict[str, int]:
@@ -95,24 +140,9 @@ def _is_of_labels(pattern: str) -> bool:
     return bool(LABEL_WORD.search(pattern.lower().removeprefix(f"{DERIVATIVES}/")))
 
 
-def _patterns(folder: Path) -> dict[str, list[Path]]:
-    """The files of each pattern that names cases."""
-    files = list(itertools.islice(_volumes(folder), LISTED_FILES))
-    inside = {path: PurePosixPath(path.relative_to(folder).as_posix()) for path in files}
-    tops = {place.parts[0] for place in inside.values() if len(place.parts) > 1}
-    if any(top.startswith("sub-") for top in tops):
-        wanted = {path: ENTITY_VALUE.sub(r"\1-*", str(place)) for path, place in inside.items()}
-    elif any(_is_of_labels(f"{top}/") for top in tops):
-        wanted = _by_role(inside)
-    else:
-        wanted = {
-            path: _of_patient(place) for path, place in inside.items() if len(place.parts) > 1
-        }
-    found: dict[str, list[Path]] = defaultdict(list)
-    for path, pattern in wanted.items():
-        if "*" in pattern:
-            found[pattern].append(path)
-    return dict(found)
+def _by_patient(inside: Mapping[Path, PurePosixPath]) -> dict[Path, str]:
+    """Patterns of files in a folder for each patient: `*/t1.nii.gz`."""
+    return {path: _of_patient(place) for path, place in inside.items() if len(place.parts) > 1}
 
 
 def _of_patient(place: PurePosixPath) -> str:
@@ -130,21 +160,45 @@ def _volumes(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _by_role(inside: Mapping[Path, PurePosixPath]) -> dict[Path, str]:
-    """Patterns of files in folders such as images/ and labels/: `images/*_0000.nii.gz`."""
+def _by_folder(inside: Mapping[Path, PurePosixPath]) -> dict[Path, str]:
+    """Patterns of files of many cases in one folder: `*/images/*_0000.png`, `*_mask.png`."""
     groups: dict[PurePosixPath, list[Path]] = defaultdict(list)
-    for path, place in inside.items():
-        groups[place.parent].append(path)
+    for path, parent in _parents(inside).items():
+        groups[parent].append(path)
     wanted = {}
     for parent, paths in groups.items():
-        cut = {path: stem_of(path).rpartition("_") for path in paths}
+        stems = {stem_of(path) for path in paths}
+        cut = {stem: stem.rpartition("_") for stem in stems}
         cases, endings = ({parts[part] for parts in cut.values()} for part in (0, 2))
-        has_endings = len(cases) > 1 and len(cases) * len(endings) == len(paths)
+        has_endings = len(cases) > 1 and len(cases) * len(endings) == len(stems)
         for path in paths:
-            ending = f"_{cut[path][2]}" if has_endings and cut[path][0] else ""
-            suffix = path.name[len(stem_of(path)) :]
-            wanted[path] = str(parent / f"*{ending}{suffix}")
+            stem = stem_of(path)
+            case, _, last = cut[stem]
+            ending = f"_{last}" if case and (has_endings or case in stems) else ""
+            wanted[path] = str(parent / f"*{ending}{path.name[len(stem) :]}")
     return wanted
+
+
+def _parents(inside: Mapping[Path, PurePosixPath]) -> dict[Path, PurePosixPath]:
+    """The folder of each file, with `*` at depths of several names, none of which is of labels.
+
+    train/images, train/masks, val/images, val/masks  ──▶  */images, */masks
+    """
+    depths: dict[int, set[str]] = defaultdict(set)
+    for place in inside.values():
+        for depth, part in enumerate(place.parts[:-1]):
+            depths[depth].add(part)
+    varying = {
+        depth
+        for depth, parts in depths.items()
+        if len(parts) > 1 and not any(_is_of_labels(f"{part}/") for part in parts)
+    }
+    return {
+        path: PurePosixPath(
+            *("*" if depth in varying else part for depth, part in enumerate(place.parts[:-1]))
+        )
+        for path, place in inside.items()
+    }
 
 
 def _channels(patterns: Sequence[str]) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """`segkit evaluate`: compare predictions with references, case by case."""
 
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,9 +20,10 @@ from segkit.evaluation.label_names import labelling_in, labels_file, picture_rul
 from segkit.evaluation.pairing import Pairing, pair_with
 from segkit.evaluation.references import references_in
 from segkit.evaluation.scores import CaseScores, Summary, score_case, summarise, to_json
+from segkit.evaluation.tolerance import Tolerance, tolerance_in
 from segkit.io.checksums import checksum, checksums
-from segkit.io.picture_rules import PictureRules, length_mm
-from segkit.io.volume import AS_IT_SAYS, Volume, read_labels, read_picture_facts
+from segkit.io.picture_rules import PictureRules
+from segkit.io.volume import AS_IT_SAYS, Volume, read_labels
 from segkit.io.volume_names import is_picture
 from segkit.io.whole_numbers import noting_rounded_labels
 from segkit.provenance import PROVENANCE, versions
@@ -36,11 +36,8 @@ Missing: TypeAlias = Literal["refuse", "skip", "empty"]
 """How to treat references without a prediction: refuse to score, skip them, or score as empty."""
 MOST_MISSING = 10
 """Largest number of missing cases that a message names."""
-TOLERANCE_OF_VOLUMES = 1.0
-PIXELS_OF_TOLERANCE = 2.0
-"""The default tolerance: in mm for volumes, in pixels for pictures."""
-PLAIN_NUMBER = re.compile(r"[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)
-IN_PIXELS = re.compile(r"([0-9.]+)\s*(?:px|pixels?)")
+DEFAULT_TOLERANCE = Tolerance(mm=1.0, pixels=2.0)
+"""The default tolerance of the normalised surface Dice: 1 mm, and 2 pixels for pictures."""
 MOST_LABELS = 1000
 """Largest number of different labels in files without a dataset.json. Files with more are images;
 scoring them would take days."""
@@ -168,12 +165,12 @@ def evaluate(
         rules = AS_IT_SAYS if source is None else picture_rules_in(source)
         rules = replace(rules, structures=known.rules.structures)
     rules = with_pixel_size(rules, pixel_size)
-    tolerance_mm = tolerance_of(tolerance or tolerance_mm, pairs[0][1:], rules)
+    wanted = tolerance_in(tolerance or tolerance_mm, DEFAULT_TOLERANCE)
     images = {volume.case: volume.image for volume in known.volumes if volume.image is not None}
     lacking = {volume.case: volume.unlabelled for volume in known.volumes}
     with noting_rounded_labels() as rounded:
         rows, failures = score_pairs(
-            pairs, labelling, tolerance_mm=tolerance_mm, rules=rules, images=images, track=track
+            pairs, labelling, tolerance=wanted, rules=rules, images=images, track=track
         )
     rows = [_unscored(row) if row.name in lacking[row.case] else row for row in rows]
     if failures and not rows:
@@ -183,8 +180,10 @@ def evaluate(
             f"{references}: expected labels to score, found only background; check the references"
         )
     _check_units(rows, references)
+    summary = summarise(rows)
     made = {
-        "tolerance_mm": tolerance_mm,
+        "tolerance_mm": summary.tolerance_mm,
+        "tolerance_pixels": summary.tolerance_pixels,
         "missing": missing,
         "labels": checksums([source] if source else []),
         "inputs": [
@@ -206,7 +205,7 @@ def evaluate(
         )
     unpaired = tuple(name for name, _ in pairing.missing)
     extra = tuple(str(path) for path in pairing.extra)
-    return Evaluation(rows, summarise(rows), made, failures, unpaired, extra, calibration, rounded)
+    return Evaluation(rows, summary, made, failures, unpaired, extra, calibration, rounded)
 
 
 def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> None:
@@ -221,7 +220,7 @@ def _refuse_missing(pairing: Pairing, predictions: Path, references: Path) -> No
 
 
 def _check_units(rows: Sequence[CaseScores], references: Path) -> None:
-    """Raise VolumeError if some pictures have a pixel size and others have none."""
+    """Raise VolumeError if pictures are mixed with pictures of another unit, or with volumes."""
     unsized = next((row.case for row in rows if row.unit == "pixel"), None)
     sized = next((row.case for row in rows if row.unit != "pixel"), None)
     if unsized is not None and sized is not None:
@@ -229,6 +228,14 @@ def _check_units(rows: Sequence[CaseScores], references: Path) -> None:
             f"{references}: expected a pixel size for all pictures or for none, but {sized} has "
             f"one and {unsized} has none; set one for all by --pixel-size, or evaluate them in two "
             f"runs"
+        )
+    in_mm = next((row.case for row in rows if row.tolerance_pixels is None), None)
+    in_pixels = next((row.case for row in rows if row.tolerance_pixels is not None), None)
+    if in_mm is not None and in_pixels is not None:
+        raise VolumeError(
+            f"{references}: expected only pictures or only volumes, as their tolerances differ, "
+            f"found the picture {in_pixels} and the volume {in_mm}; give one tolerance for all, "
+            "such as --tolerance '1 mm'"
         )
 
 
@@ -241,7 +248,7 @@ def score_pairs(
     pairs: Iterable[tuple[str, Path | None, Path]],
     labelling: Labelling | None,
     *,
-    tolerance_mm: float,
+    tolerance: Tolerance,
     rules: PictureRules = AS_IT_SAYS,
     images: Mapping[str, Path] = MappingProxyType({}),
     track: Track = untracked,
@@ -252,7 +259,8 @@ def score_pairs(
         pairs: name, prediction and reference of each case. If the prediction is None, an empty one
             is scored.
         labelling: the classes or regions. If None, all labels that occur in any file are scored.
-        tolerance_mm: the tolerance of the normalised surface Dice.
+        tolerance: the tolerance of the normalised surface Dice; one in pixels is a length of each
+            case's own pixels.
         rules: how pictures are read.
         images: for the name of a case, the image on whose grid its DICOM structures are painted.
         track: reports the progress over cases.
@@ -263,9 +271,14 @@ def score_pairs(
     """
     pairs = list(pairs)
     failures: dict[str, str] = {}
+    tolerances: dict[str, tuple[float, float | None]] = {}
+    for name, prediction, reference in pairs:
+        with _failure_recorded(failures, name, prediction or reference):
+            tolerances[name] = tolerance.of_case((prediction, reference), rules)
     if labelling is None:
         present: set[int] = set()
-        for name, prediction, reference in track(pairs, "looking for labels", len(pairs)):
+        readable = [pair for pair in pairs if pair[0] in tolerances]
+        for name, prediction, reference in track(readable, "looking for labels", len(readable)):
             with _failure_recorded(failures, name, prediction or reference):
                 own = rules.painting_on(images.get(name))
                 present = _with_labels_of(prediction, reference, own, present)
@@ -274,8 +287,10 @@ def score_pairs(
     for name, prediction, reference in track(pairs, "scoring", len(pairs)):
         if name not in failures:
             with _failure_recorded(failures, name, prediction or reference):
+                tolerance_mm, pixels = tolerances[name]
                 own = rules.painting_on(images.get(name))
-                rows += _score_pair(name, prediction, reference, labelling, tolerance_mm, own)
+                scored = _score_pair(name, prediction, reference, labelling, tolerance_mm, own)
+                rows += [replace(row, tolerance_pixels=pixels) for row in scored]
     return rows, failures
 
 
@@ -293,50 +308,6 @@ def _failure_recorded(failures: dict[str, str], name: str, path: Path) -> Iterat
         logger.info("%s", path, exc_info=True)
         reason = " ".join(str(error).split())
         failures[name] = f"{path}: cannot be scored ({type(error).__name__}: {reason})"
-
-
-def tolerance_of(
-    tolerance: str | float | None,
-    pair: Sequence[Path | None],
-    rules: PictureRules,
-    *,
-    of_volumes: float = TOLERANCE_OF_VOLUMES,
-    of_pictures: float = PIXELS_OF_TOLERANCE,
-) -> float:
-    """A tolerance in mm.
-
-    Args:
-        tolerance: a number in mm, or a length with its unit; if None, the default.
-        pair: the first prediction and reference, whose pixel size converts pixels to mm.
-        rules: how pictures are read.
-        of_volumes: the default for volumes, in mm.
-        of_pictures: the default for pictures, in pixels.
-
-    Raises:
-        VolumeError: if the tolerance is not a length, or is in mm and the pixels have no size.
-    """
-    pictures = [read_picture_facts(path, rules=rules) for path in pair if path and is_picture(path)]
-    # Both files have the same pixel size, but only one of them may state it.
-    picture = next((each for each in pictures if each[1].sized), pictures[0] if pictures else None)
-    pixel = max(picture[0].spacing[:2]) if picture else None
-    if tolerance is None:
-        return of_pictures * pixel if pixel else of_volumes
-    text = str(tolerance).strip()
-    in_pixels = IN_PIXELS.fullmatch(text)
-    try:
-        if in_pixels:
-            if pixel is None:
-                raise ValueError("only pictures have a tolerance in pixels; give it in mm")
-            return float(in_pixels[1]) * pixel
-        length = float(text) if PLAIN_NUMBER.fullmatch(text) else length_mm(text)
-    except ValueError as error:
-        raise VolumeError(f"tolerance {text!r}: {error}") from None
-    if picture and not picture[1].sized:
-        raise VolumeError(
-            f"tolerance {text!r}: pictures without a pixel size are measured in pixels; give it as "
-            f"'2 pixels', or set --pixel-size"
-        )
-    return length
 
 
 def with_pixel_size(rules: PictureRules, pixel_size: str | Sequence[str] | None) -> PictureRules:

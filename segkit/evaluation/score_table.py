@@ -8,7 +8,8 @@ from rich.text import Text
 
 from segkit.errors import counted
 from segkit.evaluation.scores import METRICS, Metric, Statistic, Summary, _is_length, statistic_in
-from segkit.io.picture_rules import WORD_OF, Unit, length_in_words
+from segkit.evaluation.tolerance import tolerance_in_words
+from segkit.io.picture_rules import WORD_OF, Unit
 
 
 def metric_in(metric: Metric, name: str, unit: Unit) -> Metric:
@@ -21,13 +22,14 @@ def metric_in(metric: Metric, name: str, unit: Unit) -> Metric:
 
 def to_table(summary: Summary) -> Table:
     """The summary as a table for the terminal: a section for each class, the overall last."""
+    tolerance = tolerance_in_words(summary.tolerance_mm, summary.tolerance_pixels, summary.unit)
     table = Table(
         box=HORIZONTALS,
         pad_edge=False,
         title=counted(summary.num_cases, "case"),
         caption=(
             "95 %: bootstrap interval of the mean over cases. "
-            f"NSD: within {length_in_words(summary.tolerance_mm, summary.unit)}. "
+            f"NSD: within {tolerance}. "
             "Undefined: the class is in neither image; left out. Overall: mean over classes."
         ),
     )

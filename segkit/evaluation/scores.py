@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import isfinite
+from math import isclose, isfinite
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -79,10 +79,14 @@ class CaseScores:
     fn: int
     unit: Unit = "mm"
     """The unit of lengths in tables and JSON."""
+    tolerance_pixels: float | None = None
+    """The tolerance in pixels of the case; None if it is a length that all cases share."""
 
     def to_json(self) -> Json:
         """The scores as one flat dict, with lengths in `unit`; NaN becomes None."""
         fields = {key: value for key, value in vars(self).items() if key != "metrics"}
+        if self.tolerance_pixels is None:
+            del fields["tolerance_pixels"]
         return _without_nan(_in_unit({**fields, **self.metrics}, self.unit))
 
 
@@ -114,11 +118,14 @@ class Summary:
     classes: tuple[ClassSummary, ...]
     overall: ClassSummary
     num_cases: int
-    tolerance_mm: float
+    tolerance_mm: float | None
+    """None if the tolerance is in pixels whose size differs between cases."""
     num_resamples: int
     seed: int
     unit: Unit = "mm"
     """The unit of lengths in tables and JSON."""
+    tolerance_pixels: float | None = None
+    """The tolerance in pixels of each case; None if it is a length that all cases share."""
 
 
 def score_case(
@@ -243,7 +250,8 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
             f"got {len(rows)}; score every case once, with its own name and the same labels"
         )
     tolerances = sorted({row.tolerance_mm for row in rows})
-    if len(tolerances) > 1:
+    in_pixels = {row.tolerance_pixels for row in rows}
+    if len(in_pixels) > 1 or (len(tolerances) > 1 and None in in_pixels):
         raise ValueError(
             f"expected scores with one tolerance, got {tolerances} mm; score all cases with the "
             f"same tolerance"
@@ -274,10 +282,11 @@ def summarise(rows: Sequence[CaseScores], *, num_resamples: int = 2000, seed: in
         ),
         overall=summary_of(None, "overall", slice(None)),
         num_cases=num_cases,
-        tolerance_mm=tolerances[0],
+        tolerance_mm=tolerances[0] if isclose(tolerances[0], tolerances[-1]) else None,
         num_resamples=num_resamples,
         seed=seed,
         unit=rows[0].unit,
+        tolerance_pixels=in_pixels.pop(),
     )
 
 
@@ -329,10 +338,12 @@ def _resampled_means(
 
 def to_json(rows: Sequence[CaseScores], summary: Summary) -> dict[str, Json]:
     """Scores and summary as plain dicts, lists and numbers for JSON; NaN becomes None."""
+    in_mm, in_pixels = summary.tolerance_mm, summary.tolerance_pixels
     return {
         "num_cases": summary.num_cases,
         "unit": summary.unit,
-        **_in_unit({"tolerance_mm": summary.tolerance_mm}, summary.unit),
+        **({} if in_mm is None else _in_unit({"tolerance_mm": in_mm}, summary.unit)),
+        **({} if in_pixels is None else {"tolerance_pixels": in_pixels}),
         "bootstrap": {
             "interval": 0.95,
             "num_resamples": summary.num_resamples,

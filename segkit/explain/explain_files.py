@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from segkit.errors import SegkitError, VolumeError
-from segkit.evaluation.evaluate import tolerance_of
 from segkit.evaluation.references import references_in
+from segkit.evaluation.tolerance import Tolerance, tolerance_in
 from segkit.explain.attribution.attribute import AttributionSettings, Method
 from segkit.explain.display import Verdict
 from segkit.explain.explain_scan import explain_volume, facts_of
@@ -47,8 +47,8 @@ from segkit.io.volume import read_labels
 from segkit.provenance import PROVENANCE
 from segkit.system.progress import Track, untracked
 
-PIXELS_OF_POINTING = 5.0
-"""The default tolerance of pointing for pictures."""
+DEFAULT_POINTING = Tolerance(mm=TOLERANCE_MM, pixels=5.0)
+"""The default tolerance of pointing, for volumes in mm and for pictures in pixels."""
 
 COHORT = "cohort.csv"
 COHORT_FIGURES = "cohort.json"
@@ -74,17 +74,6 @@ class Explained:
     """The unit of lengths in the volume, for people."""
     error: str | None = None
     """The reason as one sentence; None if the files were written."""
-
-
-def _pointing_tolerance(tolerance: str | float | None, source: Input) -> float:
-    """The tolerance of pointing in mm, by the pixel size of a picture. Raises VolumeError."""
-    return tolerance_of(
-        tolerance,
-        [source.files[0]],
-        source.rules,
-        of_volumes=TOLERANCE_MM,
-        of_pictures=PIXELS_OF_POINTING,
-    )
 
 
 def explain_files(
@@ -160,6 +149,7 @@ def explain_files(
     left_out: list[str] = []
     incomplete = False  # whether writing failed after some of a volume's files
     asked = models_and_settings(predictor)
+    wanted = tolerance_in(tolerance, DEFAULT_POINTING)
     if attributions:
         settings = attribution_settings or AttributionSettings()
         asked["attributions"] = {"methods": list(attributions), **vars(settings)}
@@ -167,7 +157,7 @@ def explain_files(
         reference = labels.get(source.name)
         place = case_folder(source, inputs, folder)
         try:
-            tolerance_mm = _pointing_tolerance(tolerance, source)
+            tolerance_mm, _ = wanted.of_case([source.files[0]], source.rules)
             asked = {**asked, "tolerance_mm": tolerance_mm}
             image = None if reference is None else reference.image
             rules = replace(source.rules, structures=structures).painting_on(image)

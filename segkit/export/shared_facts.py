@@ -17,8 +17,9 @@ from segkit.config.model import ModelDescription
 from segkit.config.training import Config
 from segkit.errors import ModelError
 from segkit.evaluation.scores import ENDING_OF, METRICS, Statistic, statistic_of
+from segkit.evaluation.tolerance import tolerance_in_words
 from segkit.io.checksums import checksum
-from segkit.io.picture_rules import Unit
+from segkit.io.picture_rules import MM_OF, Unit
 from segkit.io.safe_text import read_json_object
 from segkit.model.file_names import CONFIG, FOLD, SUMMARY, WEIGHTS
 
@@ -183,8 +184,10 @@ def tested_scores(path: Path, description: ModelDescription) -> Scores:
             classes[shown] = {
                 key: Statistic(**_numbers(one[name])) for key, name in named.items() if name in one
             }
-        tolerance = float(content[f"tolerance{ending}"])
-        note = f"NSD within {tolerance:g} {unit}"
+        pixels, length = content.get("tolerance_pixels"), f"tolerance{ending}"
+        own_pixels = pixels is not None and length not in content  # of a size of its own
+        length_mm = None if own_pixels else float(content[length]) * MM_OF[unit]
+        note = f"NSD within {tolerance_in_words(length_mm, pixels, unit)}"
         return Scores(int(content["num_cases"]), classes, note, unit)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(

@@ -26,6 +26,8 @@ CHANNELS_OF_MODE = {"1": 1, "L": 1, "P": 1, "LA": 2, "PA": 2, "RGB": 3, "RGBA": 
 GREY = 0
 """Colour type of grey pixels in the header of a PNG."""
 ORIENTATION_TAG = 0x0112
+SMALLEST_IN_PNG_MM = 1000 / (2**31 - 1)
+"""The smallest pixel that PNG can store, in whole pixels per metre: about 0.47 nm."""
 Decoded = TypeVar("Decoded")
 
 

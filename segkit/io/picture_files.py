@@ -1,5 +1,6 @@
 """Reading and writing of pictures: PNG, TIFF, JPEG and BMP files."""
 
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +9,14 @@ from numpy import ndarray
 
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
-from segkit.io.bitmap import BITMAP_SUFFIXES, read_bitmap_header, write_png
-from segkit.io.picture_rules import PictureFacts, PictureRules
+from segkit.io.bitmap import BITMAP_SUFFIXES, SMALLEST_IN_PNG_MM, read_bitmap_header, write_png
+from segkit.io.picture_rules import PictureFacts, PictureRules, size_in_words
 from segkit.io.raster import Raster, check_claimed_size, image_of, labels_of_picture
 from segkit.io.safe_text import read_json
 from segkit.io.tiff import TIFF_SUFFIXES, read_tiff_header, write_tiff
 from segkit.system.memory import free_memory
+
+logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = (*BITMAP_SUFFIXES, *TIFF_SUFFIXES)
 """Suffixes of pictures that segkit reads."""
@@ -123,8 +126,12 @@ def write_picture(
     facts = facts or PictureFacts("mm", "its volume's spacing")
     if name.lower().endswith(TIFF_SUFFIXES):
         write_tiff(path, name, data, spacing, facts)
-    else:
-        write_png(path, data, spacing[:2], facts)
+        return
+    if facts.sized and min(spacing[:2]) < SMALLEST_IN_PNG_MM:
+        told = size_in_words(spacing[:2], facts.unit)
+        logger.warning("%s: PNG cannot store pixels of %s; it gets no pixel size", name, told)
+        facts = replace(facts, unit="pixel")
+    write_png(path, data, spacing[:2], facts)
 
 
 def _raster(path: Path, rules: PictureRules) -> tuple[Raster, int | None]:

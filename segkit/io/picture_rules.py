@@ -15,7 +15,11 @@ MM_OF: Mapping[Unit, float] = {"mm": 1.0, "µm": 1e-3, "pixel": 1.0}
 """Millimetres of each unit; a pixel of unknown size counts as one."""
 WORD_OF: Mapping[Unit, str] = {"mm": "mm", "µm": "µm", "pixel": "pixels"}
 """Printed word of each unit."""
+SMALLEST_MM, LARGEST_MM = 1e-8, 1e6
+"""Limits in mm of voxel sizes, and of the first voxel's coordinates: 10 picometres, a kilometre.
+TIFF cannot store smaller pixels."""
 IN_LENGTHS = {
+    **dict.fromkeys(("pm", "picometer", "picometre"), 1e-9),
     **dict.fromkeys(("å", "angstrom"), 1e-7),
     **dict.fromkeys(("nm", "nanometer", "nanometre"), 1e-6),
     **dict.fromkeys(("µm", "um", "micron", "microns", "micrometer", "micrometre"), 1e-3),
@@ -25,7 +29,9 @@ IN_LENGTHS = {
     **dict.fromkeys(("m", "meter", "metre"), 1e3),
 }
 """Millimetres of each unit, by its name in files and settings, in lower case."""
-LENGTH_IN_UNIT = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([^\W\d]+)\s*", re.IGNORECASE)
+NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?"
+"""Pattern of a number above or equal to zero, as settings may give it."""
+LENGTH_IN_UNIT = re.compile(rf"\s*({NUMBER})\s*([^\W\d]+)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,17 @@ def length_mm(text: str) -> float:
             "; give a number and a unit"
         )
     return float(found[1]) * IN_LENGTHS[unit]
+
+
+def pixel_length_mm(text: str) -> float:
+    """A pixel size such as '4 nm' in mm. Raises ValueError for any other text or size."""
+    size = length_mm(text)
+    if not SMALLEST_MM <= size <= LARGEST_MM:
+        raise ValueError(
+            f"expected a pixel size from 0.01 nm to 1000 m, found {text!r}; correct the number or "
+            "the unit"
+        )
+    return size
 
 
 def size_in_words(sizes: Sequence[float], unit: Unit) -> str:

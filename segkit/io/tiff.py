@@ -27,7 +27,7 @@ OME_SUFFIXES = (".ome.tif", ".ome.tiff")
 TIFF_SUFFIXES = (".tif", ".tiff", *OME_SUFFIXES)
 PER_MM = {2: 25.4, 3: 10.0}
 """Length in mm of TIFF's units of resolution: inch and centimetre."""
-ATTRIBUTE = re.compile(r'(\w+)\s*=\s*"([^"]*)"')
+ATTRIBUTE = re.compile(r"""(\w+)\s*=\s*(["'])(.*?)\2""", re.DOTALL)
 PIXELS_OF_OME = re.compile(r"<(?:\w+:)?Pixels\b([^>]*)>")
 READABLE = {"MINISWHITE", "MINISBLACK", "RGB", "PALETTE", "YCBCR"}
 PAGE_AXES = "ZIQ"
@@ -284,7 +284,7 @@ def _pixel(
 ) -> tuple[tuple[float, float, float | None] | None, str]:
     """The pixel size in mm along columns, rows and slices, and its source as a phrase."""
     if file.ome_metadata and (found := PIXELS_OF_OME.search(file.ome_metadata)):
-        attributes = {key: html.unescape(value) for key, value in ATTRIBUTE.findall(found[1])}
+        attributes = {key: html.unescape(value) for key, _, value in ATTRIBUTE.findall(found[1])}
         sizes = [_ome_size(attributes, axis) for axis in "XYZ"]
         if sizes[0] is not None and sizes[1] is not None:
             return (sizes[0], sizes[1], sizes[2]), "its OME metadata"

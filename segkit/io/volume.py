@@ -35,7 +35,7 @@ from segkit.io.picture_files import (
     spacing_file,
     write_picture,
 )
-from segkit.io.picture_rules import PictureFacts, PictureRules
+from segkit.io.picture_rules import LARGEST_MM, SMALLEST_MM, PictureFacts, PictureRules
 from segkit.io.structure_rules import StructureRules
 from segkit.io.volume_names import (
     NIFTI_SUFFIXES,
@@ -49,8 +49,6 @@ from segkit.io.voxel_bytes import Layout, read_voxels
 from segkit.io.whole_numbers import in_full, whole_numbers
 from segkit.io.write_nifti import write_nifti
 
-SMALLEST, LARGEST = 1e-6, 1e6
-"""Limits in mm of voxel sizes and of the first voxel's coordinates: a nanometre, a kilometre."""
 BYTES_OF_SCALED = np.dtype(np.float32).itemsize
 BYTES_OF_LABEL = 8
 """Bytes per label in the result of `read_labels`."""
@@ -362,14 +360,15 @@ def _checked_affine(affine: ndarray) -> ndarray:
         raise VolumeError(
             f"expected voxel sizes above zero, found {spacing.tolist()} mm; repair its header"
         )
-    if not ((spacing >= SMALLEST) & (spacing <= LARGEST)).all():
+    # NIfTI rounds the limits to float32.
+    if not ((spacing >= SMALLEST_MM * 0.999) & (spacing <= LARGEST_MM * 1.001)).all():
         raise VolumeError(
-            f"expected voxel sizes from {SMALLEST:g} to {LARGEST:g} mm, found {spacing.tolist()}; "
-            f"repair its header"
+            f"expected voxel sizes from {SMALLEST_MM:g} to {LARGEST_MM:g} mm, "
+            f"found {spacing.tolist()}; repair its header"
         )
-    if np.abs(affine[:3, 3]).max() > LARGEST:
+    if np.abs(affine[:3, 3]).max() > LARGEST_MM:
         raise VolumeError(
-            f"expected its first voxel within {LARGEST:g} mm of the origin, found it at "
+            f"expected its first voxel within {LARGEST_MM:g} mm of the origin, found it at "
             f"{affine[:3, 3].tolist()}; repair its header"
         )
     if abs(np.linalg.det(directions / spacing)) < 1e-3:

@@ -10,6 +10,7 @@ import yaml
 from segkit.checking.check import check
 from segkit.config.dataset_files import DatasetConfig
 from segkit.config.load import dataset_in
+from segkit.data.case_inputs import inputs_in
 from segkit.data.dataset import dataset_of
 from segkit.data.proposed_files import proposed_files
 from segkit.errors import DatasetError
@@ -18,6 +19,10 @@ from segkit.io.volume import Volume, write_volume
 
 GRID = Grid((4, 4, 4), np.eye(4))
 
+VALUES = np.zeros((4, 4, 1), np.uint8)
+VALUES[0], VALUES[1] = 2, 5
+FLAT = Volume(VALUES, Grid((4, 4, 1), np.diag([-1.0, -1, 1, 1])))
+
 
 def fill(folder: Path, names: Sequence[str]) -> Path:
     """Volumes of these names; their voxels are 0, 2 and 5."""
@@ -25,7 +30,8 @@ def fill(folder: Path, names: Sequence[str]) -> Path:
     values[0], values[1] = 2, 5
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_volume(folder / name, Volume(values, GRID))
+        is_flat = name.endswith(".png") or name.endswith(".tif")
+        write_volume(folder / name, FLAT if is_flat else Volume(values, GRID))
     return folder
 
 
@@ -60,6 +66,59 @@ LAYOUTS = {
         {"ct": "scans/*_ct.mha", "pet": "scans/*_pet.mha"},
         "masks/*_seg.mha",
         ["c0", "c1", "c2"],
+    ),
+    "folders of images and labels in a folder for each part": (
+        [
+            name
+            for part in ("train", "val")
+            for n in range(4)
+            for name in (f"{part}/images/{n}.tif", f"{part}/masks/{n}.png")
+        ],
+        {"image": "*/images/*.tif"},
+        "*/masks/*.png",
+        [f"{part}_{n}" for part in ("train", "val") for n in range(4)],
+    ),
+    "only one part": (
+        [f"train/{part}/{n}.nii.gz" for n in range(3) for part in ("images", "labels")],
+        {"image": "train/images/*.nii.gz"},
+        "train/labels/*.nii.gz",
+        ["0", "1", "2"],
+    ),
+    "labels beside the images of each kind, as in BUSI": (
+        [
+            f"{kind}/{kind} ({n}){end}.png"
+            for kind in ("benign", "malignant")
+            for n in range(4)
+            for end in ("", "_mask")
+        ],
+        {"image": "*/*.png"},
+        "*/*_mask.png",
+        [f"{kind}_{kind} ({n})" for kind in ("benign", "malignant") for n in range(4)],
+    ),
+    "two folders with endings of their own, as in DRIVE": (
+        [
+            name
+            for n in range(21, 25)
+            for name in (
+                f"training/images/{n}_training.tif",
+                f"training/1st_manual/{n}_manual1.png",
+            )
+        ],
+        {"training": "training/images/*_training.tif"},
+        "training/1st_manual/*_manual1.png",
+        ["21", "22", "23", "24"],
+    ),
+    "images and labels in one folder": (
+        [f"im_{n}{end}.png" for n in range(4) for end in ("", "_mask")],
+        {"image": "*.png"},
+        "*_mask.png",
+        ["im_0", "im_1", "im_2", "im_3"],
+    ),
+    "images in a folder for each patient, and labels likewise": (
+        [f"{part}/p{n}/scan.mha" for n in range(3) for part in ("images", "labels")],
+        {"image": "images/*/*.mha"},
+        "labels/*/*.mha",
+        ["p0_scan", "p1_scan", "p2_scan"],
     ),
     "BIDS with masks": (
         [f"sub-{n}/ses-b/anat/sub-{n}_ses-b_T1w.nii.gz" for n in "12"]
@@ -98,6 +157,11 @@ def test_the_proposed_yaml_reads_the_folder(
     assert [case.name for case in dataset.cases] == cases
     assert dataset.channels == tuple(images)
     assert check("study.yaml").facts["cases"] == cases
+    found_images = inputs_in([Path("study.yaml")], dataset.channels)
+    assert [source.name for source in found_images] == cases
+    assert [list(source.files) for source in found_images] == [
+        list(case.images) for case in dataset.cases
+    ]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +170,6 @@ def test_the_proposed_yaml_reads_the_folder(
         [],
         ["a.nii.gz", "b.nii.gz"],
         ["p1/a.nii.gz", "p2/a.nii.gz"],
-        [f"train/{part}/{n}.nii.gz" for n in range(9) for part in ("images", "labels")],
     ],
 )
 def test_no_yaml_is_proposed_if_no_pattern_fits(names: list[str], tmp_path: Path) -> None:

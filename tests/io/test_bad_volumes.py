@@ -304,11 +304,11 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "mha in micrometres": (mha("DistanceUnits = um"), "expected DistanceUnits to be mm, found um"),
     "voxels of a thousand kilometres": (
         edit(SROW_X, "12f", 1e9, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0),
-        r"expected voxel sizes from 1e-06 to 1e\+06 mm, found \[1000000000.0, 1.0, 1.0\]",
+        r"expected voxel sizes from 1e-08 to 1e\+06 mm, found \[1000000000.0, 1.0, 1.0\]",
     ),
     "voxels smaller than atoms": (
         edit(SROW_X, "12f", 1, 0, 0, 0, 0, 1e-9, 0, 0, 0, 0, 1, 0),
-        r"expected voxel sizes from 1e-06 to 1e\+06 mm",
+        r"expected voxel sizes from 1e-08 to 1e\+06 mm",
     ),
     "first voxel beyond the moon": (
         edit(SROW_X + 12, "f", 4e11),

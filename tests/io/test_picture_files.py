@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -12,11 +13,12 @@ from hypothesis import given, settings
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
+from segkit.config.pictures import PicturesConfig
 from segkit.errors import VolumeError
 from segkit.geometry.grid import Grid
 from segkit.io import picture_files
 from segkit.io.bitmap import exif_of
-from segkit.io.picture_rules import PictureFacts, PictureRules, length_mm
+from segkit.io.picture_rules import PictureFacts, PictureRules, length_mm, pixel_length_mm
 from segkit.io.volume import (
     Volume,
     read_grid,
@@ -210,6 +212,61 @@ def test_label_colours_are_looked_up_and_written(tmp_path: Path, suffix: str) ->
     assert_array_equal(read_labels(out, rules=rules).data[..., 0], numbers.T)
     with Image.open(out) as image:
         assert_array_equal(np.asarray(image.convert("RGB")), table[numbers])
+
+
+@pytest.mark.parametrize("size", ["10 pm", "2 Å", "5 angstrom", "0.5 nm"])
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.ome.tif", "palette.tif", "a.nii.gz"])
+def test_pixels_smaller_than_a_nanometre_keep_their_size(
+    tmp_path: Path, size: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pixel_mm = pixel_length_mm(size)
+    rules = PictureRules(pixel_mm=(pixel_mm, pixel_mm))
+    scan = read_labels(save(tmp_path / "in.png", (GREY > 9).astype(np.uint8)), rules=rules)
+    assert scan.grid.spacing[:2] == (pixel_mm, pixel_mm)
+    assert scan.picture is not None
+    picture = replace(scan.picture, colours={1: RED} if name == "palette.tif" else {})
+    out = tmp_path / name
+    write_volume(out, Volume(scan.data.astype(np.uint8), scan.grid, picture=picture))
+    found = read_labels(out)
+    if name == "a.png" and pixel_mm < 4.6e-7:
+        assert found.picture is not None and not found.picture.sized
+        assert "a.png: PNG cannot store pixels of" in caplog.text
+        return
+    assert_allclose(found.grid.spacing[:2], (pixel_mm, pixel_mm), rtol=1e-3)
+    assert_array_equal(found.data, scan.data)
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+@pytest.mark.parametrize(("value", "unit"), [("250", "pm"), ("0.25", "nm"), ("2.5", "Å")])
+def test_ome_sizes_are_read_in_small_units_and_with_both_quotes(
+    tmp_path: Path, value: str, unit: str, quote: str
+) -> None:
+    sizes = " ".join(
+        f'PhysicalSize{axis}="{value}" PhysicalSize{axis}Unit="{unit}"' for axis in "XY"
+    )
+    shape = f'SizeX="{GREY.shape[1]}" SizeY="{GREY.shape[0]}" SizeC="1" SizeZ="1" SizeT="1"'
+    told = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        f'<Pixels ID="P:0" DimensionOrder="XYCZT" Type="uint8" {shape} {sizes}><TiffData/>'
+        "</Pixels></Image></OME>"
+    ).replace('"', quote)
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, GREY, description=told.encode(), metadata=None)
+    found = read_volume(path)
+    assert_allclose(found.grid.spacing[:2], (2.5e-7, 2.5e-7))
+    assert found.picture is not None and found.picture.source == "its OME metadata"
+
+
+@pytest.mark.parametrize("size", ["0 nm", "1e400 mm", "1 pm", "1001 m", "1e-320 nm"])
+def test_pixel_sizes_out_of_range_are_refused_by_the_setting(size: str) -> None:
+    with pytest.raises(ValueError, match=rf"from 0.01 nm to 1000 m, found '{size}'; correct the"):
+        PicturesConfig(pixel_size=[size])
+
+
+@pytest.mark.parametrize("size", ["1.2.3 µm", ". µm", "-1 nm", "nan mm", "0.5"])
+def test_texts_that_are_no_length_are_refused_in_a_sentence(size: str) -> None:
+    with pytest.raises(ValueError, match=r"expected a length such as '0.5 µm', .*; give a number"):
+        PicturesConfig(pixel_size=[size])
 
 
 def test_grey_pictures_may_have_label_colours_too(tmp_path: Path) -> None:

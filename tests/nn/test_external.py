@@ -20,6 +20,7 @@ from segkit.errors import ConfigError, ModelError
 from segkit.evaluation.evaluate import score_pairs
 from segkit.evaluation.pairing import pair_with
 from segkit.evaluation.references import references_in
+from segkit.evaluation.tolerance import Tolerance
 from segkit.inference.engines.choose import choose_engine
 from segkit.inference.engines.torch_eager import TorchEngine
 from segkit.inference.predict_files import predict_files
@@ -102,7 +103,7 @@ def test_predictions_of_a_users_module_are_written_and_scored(tmp_path: Path) ->
     assert [outcome.error for outcome in outcomes] == [None] * 4
     pairs = pair_with(out, references_in(data / "labelsTr"), data / "labelsTr").pairs
     labelling = read_labelling(data / "dataset.json")
-    rows, failures = score_pairs(pairs, labelling, tolerance_mm=1.0)
+    rows, failures = score_pairs(pairs, labelling, tolerance=Tolerance(mm=1.0))
     scan = read_volume(inputs[0].files[0])
     assert np.array_equal(
         read_volume(outcomes[0].written[0]).data, Predictor(run.model)(scan).labels.data

@@ -106,7 +106,7 @@ def near_structure(
         distance = np.asarray(tree.query(cells)[0]).reshape(inside.shape)
     else:
         distance = distance_transform_edt(~inside, sampling=spacing)
-    return distance <= tolerance_mm + 1e-6
+    return distance <= tolerance_mm * (1 + 1e-6)
 
 
 def auroc(ranked: Ranked, inside: Inside) -> float:

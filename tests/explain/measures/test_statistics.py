@@ -104,6 +104,8 @@ def test_a_tolerance_is_in_millimetres_along_every_axis() -> None:
         (2, 3, 2),
     }
     assert_array_equal(near_structure(inside, (1.0, 2.0, 4.0), 0.0), inside)
+    # The same in pixels of less than a nanometre.
+    assert_array_equal(near_structure(inside, (1e-7, 2e-7, 4e-7), 2e-7), near)
     assert near_structure(inside, (1.0, 2.0, 4.0), 4.0)[2, 2].tolist() == [
         False,
         *[True] * 3,
