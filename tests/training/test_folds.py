@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from segkit.checking.check import check
 from segkit.config.load import validated
@@ -176,6 +178,57 @@ def test_each_fold_has_its_share_of_every_stratum() -> None:
     parts = distribute(groups, strata, [0.2] * 5, random)
     assert [len(part) for part in parts] == [12] * 5
     assert [sum(number < 10 for number in part) for part in parts] == [2] * 5
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=2, max_size=30),
+    st.integers(1, 4),
+    st.sampled_from([[0.8, 0.2], [0.5, 0.5], [1 / 3] * 3, [0.2] * 5]),
+    st.integers(0, 2**31),
+)
+def test_strata_do_not_change_the_share_of_a_part(
+    of_stratum: list[int], most: int, shares: list[float], seed: int
+) -> None:
+    """Groups of 1 to `most` cases, in strata of 1 to 5 cases: parts are as large as asked for."""
+    kinds = np.repeat(np.arange(len(of_stratum)), of_stratum)
+    random = np.random.RandomState(seed)
+    cut = np.cumsum(random.randint(1, most + 1, len(kinds)))
+    numbers = np.split(np.arange(len(kinds)), cut[cut < len(kinds)])
+    groups = {str(number): cases.tolist() for number, cases in enumerate(numbers)}
+    if len(groups) < len(shares):
+        return
+    strata = (kinds[:, None] == np.arange(len(of_stratum))).astype(float)
+    parts = distribute(groups, strata, shares, random)
+    assert sorted(case for part in parts for case in part) == list(range(len(kinds)))
+    largest = max(map(len, groups.values()))
+    sizes = [len(part) for part in parts]
+    for size, share in zip(sizes, shares, strict=True):
+        assert abs(size - share * len(kinds)) <= largest
+    if len(set(shares)) == 1:
+        assert max(sizes) - min(sizes) <= largest
+    if largest == 1:  # each part has its share of each stratum, but for one case
+        for part, share in zip(parts, shares, strict=True):
+            assert (np.abs(strata[part].sum(axis=0) - share * strata.sum(axis=0)) < 1).all()
+
+
+@pytest.mark.parametrize(
+    "of_stratum", [[2] * 30, [3] * 20, [4] * 15, [20, *[2] * 20], [20, 10, *[1] * 30]]
+)
+def test_a_fifth_of_many_small_strata_is_a_fifth(of_stratum: list[int]) -> None:
+    strata = np.repeat(np.eye(len(of_stratum)), of_stratum, axis=0)
+    groups = {str(number): [number] for number in range(60)}
+    for seed in range(5):
+        random = np.random.RandomState(seed)
+        assert [len(part) for part in distribute(groups, strata, [0.8, 0.2], random)] == [48, 12]
+
+
+def test_without_strata_groups_go_where_they_went_in_earlier_versions() -> None:
+    groups = {"a": [0, 1, 2], "b": [3], "c": [4, 5], "d": [6], "e": [7, 8], "f": [9]}
+    nothing = np.zeros((10, 0))
+    folds = distribute(groups, nothing, [1 / 3] * 3, np.random.RandomState(12345))
+    assert folds == [[0, 1, 2, 3], [7, 8, 9], [4, 5, 6]]
+    held_out = distribute(groups, nothing, [0.8, 0.2], np.random.RandomState(0))[1]
+    assert held_out == [4, 5]
 
 
 def test_a_column_or_the_classes_of_a_case_are_strata(tmp_path: Path) -> None:
