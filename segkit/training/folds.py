@@ -169,7 +169,7 @@ def _checked(dataset: Dataset, folds: Sequence[FoldConfig], source: str) -> Fold
                 "val; list each case in only one of them"
             )
         given = {*fold.train, *fold.val}
-        if kept := sorted(given & set(dataset.test)):
+        if kept := sorted(given & {case.name for case in dataset.test}):
             raise DatasetError(
                 f"{source}: fold {number} contains {first_few(kept, NAMES_SHOWN)}, but data.test "
                 "keeps them for the test; remove them from one of the two"
@@ -189,7 +189,7 @@ def _checked(dataset: Dataset, folds: Sequence[FoldConfig], source: str) -> Fold
 def _of_column(dataset: Dataset, data: SplitDatasetConfig, column: str) -> Folds:
     """Folds from a column, which holds the number of the fold that holds a case out, or nothing."""
     names = [case.name for case in dataset.cases]
-    found = column_of(data, column, [*names, *dataset.test], "data.splits")
+    found = column_of(data, column, dataset.names_with_test, "data.splits")
     source = f"{table_of(data)}: column {column}"
     numbers: dict[str, int] = {}
     for name in names:

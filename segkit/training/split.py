@@ -121,7 +121,7 @@ def split(dataset: Dataset, validation: float | Sequence[str], seed: int) -> Spl
         held_out = set(np.random.default_rng(seed).permutation(names)[:count].tolist())
     else:
         held_out = set(validation)
-        if kept := sorted(held_out & set(dataset.test)):
+        if kept := sorted(held_out & {case.name for case in dataset.test}):
             raise DatasetError(
                 f"data.validation contains {kept[0]}, which is also in data.test; list it in only "
                 "one of them"

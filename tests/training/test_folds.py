@@ -26,8 +26,11 @@ PATIENTS = [f"p{patient}_{visit}" for patient in range(5) for visit in "ab"]
 
 
 def dataset_with(folder: Path, names: list[str], test: tuple[str, ...] = ()) -> Dataset:
-    cases = tuple(CaseFiles(name, (), folder / f"{name}.nii") for name in sorted(names))
-    return Dataset(folder, cases, ("MR",), {"background": 0, "organ": 1}, test=test)
+    cases, kept = (
+        tuple(CaseFiles(name, (), folder / f"{name}.nii") for name in sorted(part))
+        for part in (names, test)
+    )
+    return Dataset(folder, cases, ("MR",), {"background": 0, "organ": 1}, test=kept)
 
 
 def config_with(folder: Path, **data: Any) -> Config:
@@ -181,7 +184,7 @@ def test_each_fold_has_its_share_of_every_stratum() -> None:
 
 
 @given(
-    st.lists(st.integers(1, 5), min_size=2, max_size=30),
+    st.lists(st.integers(1, 5), min_size=2, max_size=15),
     st.integers(1, 4),
     st.sampled_from([[0.8, 0.2], [0.5, 0.5], [1 / 3] * 3, [0.2] * 5]),
     st.integers(0, 2**31),
@@ -250,7 +253,7 @@ def test_cases_for_the_test_are_in_no_part(tmp_path: Path) -> None:
     for test in (["case_1"], {"column": "use"}):
         config = config_with(folder, test=test, case_table="cases.csv")
         dataset = dataset_of(config.data)
-        assert dataset.test == ("case_1",)
+        assert names(dataset.test) == ["case_1"]
         train, held_out = split_of(dataset, config)
         assert sorted(names((*train, *held_out))) == ["case_0", "case_2", "case_3"]
     with pytest.raises(DatasetError, match=r"data\.test: expected only .*, found nobody"):
@@ -272,6 +275,30 @@ def test_a_group_with_only_some_cases_in_the_test_is_reported(
     assert "data.test keeps some" not in caplog.text
     split_of(dataset_with(tmp_path, PATIENTS[1:], test=("p0_a",)), config)
     assert "leaves others for training: p0; keep all or none of a group" in caplog.text
+
+
+def test_a_subject_in_the_path_of_a_test_case_is_reported_if_others_train(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases = [
+        CaseFiles(f"0{subject}_{session}", (), tmp_path / f"sub-0{subject}/ses-{session}/label.png")
+        for subject in range(1, 6)
+        for session in "ab"
+    ]
+    config = config_with(tmp_path, group_by="subject")
+    classes = {"background": 0, "organ": 1}
+    split_of(Dataset(tmp_path, tuple(cases[2:]), ("MR",), classes, test=tuple(cases[:2])), config)
+    assert "data.test keeps some" not in caplog.text
+    split_of(Dataset(tmp_path, tuple(cases[1:]), ("MR",), classes, test=(cases[0],)), config)
+    assert "leaves others for training: 01; keep all or none of a group" in caplog.text
+
+
+def test_a_pattern_whose_group_matches_nothing_gives_no_group(tmp_path: Path) -> None:
+    config = config_with(tmp_path, group_by={"pattern": "^(?:(p[0-2])|p[34])_"})
+    for kept in ((), ("p0_a", "p3_a", "p4_a")):
+        left = [name for name in PATIENTS if name not in kept]
+        with pytest.raises(DatasetError, match=r"gives no group for p3_\w.*; give each case one"):
+            split_of(dataset_with(tmp_path, left, test=kept), config)
 
 
 @pytest.mark.parametrize(
