@@ -9,8 +9,9 @@ import numpy as np
 
 from segkit.config.data import PatternConfig, SplitDatasetConfig
 from segkit.config.dataset_files import ColumnConfig, DatasetConfig
-from segkit.data.case_table import NAMES_SHOWN, column_of, table_of, unused_columns
+from segkit.data.case_table import NAMES_SHOWN, column_of, columns_in_use, table_of, unused_columns
 from segkit.data.dataset import CaseFiles, Dataset, read_case
+from segkit.data.split_settings import SPLITS_FILE, unused_split_settings
 from segkit.errors import DatasetError, counted, first_few
 
 SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)")
@@ -42,12 +43,21 @@ def groups_of(dataset: Dataset, data: SplitDatasetConfig) -> dict[str, list[int]
 
 
 def told_of_split(dataset: Dataset, data: DatasetConfig) -> list[str]:
-    """Hints on a split: groups that the test divides, columns that no setting uses,
-    and a grouping that the names of cases suggest."""
+    """Hints on a split: groups that the test divides, settings that others turn off, columns that
+    no setting uses, and a grouping that the names of cases suggest."""
     own = data if isinstance(data, SplitDatasetConfig) else None
-    found = [] if own is None else groups_in_test(dataset, own)
-    advice = grouping_advice(dataset, own)
-    return [*found, *unused_columns(data), *([advice] if advice else [])]
+    found = [] if own is None else [*groups_in_test(dataset, own), *unused_split_settings(own)]
+    has_folds = own is not None and (own.folder / SPLITS_FILE).is_file()
+    advice = None if has_folds else grouping_advice(dataset, own)
+    return [*found, *_unused_table(data), *([advice] if advice else [])]
+
+
+def _unused_table(data: DatasetConfig) -> list[str]:
+    """A sentence for each useful column that no setting uses, or else for an unused table."""
+    columns = unused_columns(data)
+    if columns or data.case_table is None or columns_in_use(data):
+        return columns
+    return [f"{table_of(data)} is not used, because no setting names one of its columns"]
 
 
 def groups_in_test(dataset: Dataset, data: SplitDatasetConfig) -> list[str]:

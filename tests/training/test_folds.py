@@ -15,6 +15,7 @@ from segkit.config.load import validated
 from segkit.config.training import Config
 from segkit.data.case_groups import grouping_advice, likely_grouping, strata_of
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of
+from segkit.data.split_settings import unused_split_settings
 from segkit.errors import ConfigError, DatasetError
 from segkit.training.distribute import distribute
 from segkit.training.folds import folds_of
@@ -323,6 +324,69 @@ def test_grouping_is_proposed_if_names_look_alike(
     if setting is not None:
         given = {"pattern": "(x)"}
         assert grouping_advice(dataset, config_with(tmp_path, group_by=given).data) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "unused"),
+    [
+        ({"validation": ["a"], "stratify_by": {"column": "site"}}, ["stratify_by"]),
+        ({"validation": 0, "stratify_by": "classes"}, ["stratify_by"]),
+        ({"num_folds": 7}, ["num_folds"]),
+        ({"fold": 0, "validation": ["a"], "num_folds": 3}, ["validation"]),
+        (
+            {
+                "splits": {"column": "fold"},
+                "num_folds": 7,
+                "validation": ["a"],
+                "stratify_by": {"column": "site"},
+            },
+            ["validation", "num_folds", "stratify_by"],
+        ),
+        ({"fold": 0, "num_folds": 3, "stratify_by": {"column": "site"}}, []),
+        ({"validation": 0.3, "stratify_by": {"column": "site"}}, []),
+        ({"splits": {"column": "fold"}, "fold": 1}, []),
+    ],
+)
+def test_settings_of_a_split_that_others_turn_off_are_told(
+    tmp_path: Path, settings: dict[str, Any], unused: list[str]
+) -> None:
+    """They are the same in the config that a run writes, which holds every setting."""
+    config = config_with(tmp_path, case_table="cases.csv", **settings)
+    whole = validated(Config, config.model_dump(mode="json"), "config.yaml")
+    for data in (config.data, whole.data):
+        told = unused_split_settings(data)
+        assert [sentence.split()[0] for sentence in told] == [f"data.{name}" for name in unused]
+
+
+def test_folds_of_a_file_turn_off_the_number_of_folds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "splits_final.json").write_text(json.dumps(splits_final()[:2]))
+    split_of(dataset_with(tmp_path, PATIENTS), config_with(tmp_path, fold=1, num_folds=3))
+    beside = tmp_path / "splits_final.json"
+    assert f"data.num_folds is not used, because {beside} has folds" in caplog.text
+    assert unused_split_settings(config_with(tmp_path, fold=1).data) == []
+
+
+def test_check_of_a_dataset_draws_the_split(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data")
+    (folder / "cases.csv").write_text("id,site\ncase_0,A\ncase_1,B\ncase_2,A\ncase_3,B\n")
+    (folder / "strange.csv").write_text("name,site\ncase_0,A\n")
+    table, site = "data.case_table=cases.csv", "data.stratify_by={column: site}"
+    for words, reason in (
+        ([table, "data.stratify_by={column: nonexistent}"], "expected a column nonexistent"),
+        (["data.case_table=strange.csv", site], "expected a column id"),
+        (["data.validation=[nope]"], "data.validation names nope, which is not a case"),
+    ):
+        with pytest.raises(DatasetError, match=reason):
+            check(folder, words)
+    text = str(check(folder, [table, site, "data.validation=0.5"]))
+    assert "2 cases to train on, 2 held out" in text and "not used" not in text
+    text = str(check(folder, [table, site, "data.validation=[case_1]"]))
+    assert "3 cases to train on, 1 held out" in text
+    assert "data.stratify_by is not used, because data.validation names the cases" in text
+    text = str(check(folder, [table]))
+    assert "cases.csv is not used, because no setting names one of its columns" in text
 
 
 def test_a_pattern_without_one_group_is_refused(tmp_path: Path) -> None:
