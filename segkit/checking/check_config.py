@@ -47,7 +47,7 @@ def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understo
         "settled": _changes(config, resolved),
         "training_cases": [case.name for case in train],
         "held_out_cases": [case.name for case in held_out],
-        "test_cases": list(dataset.test),
+        "test_cases": [case.name for case in dataset.test],
         "spacing_mm": list(description.spacing),
         "normalisation": [setting.model_dump() for setting in description.normalisation],
         "parameters": parameters,

@@ -16,10 +16,12 @@ from segkit.config.labels import Labelling
 from segkit.data.case_facts import facts_of_cases
 from segkit.data.case_groups import groups_of, told_of_split
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
+from segkit.data.split_settings import changed_split_settings
 from segkit.errors import DatasetError, Problems, counted
 from segkit.io.whole_numbers import rounded_in_words
 from segkit.system.progress import Track
 from segkit.training.folds import folds_of
+from segkit.training.split import split_with
 
 MOST_NUMBERS = 20
 """Most undeclared label numbers that are listed; the others are only counted."""
@@ -122,13 +124,22 @@ def check_dataset(source: DatasetConfig, track: Track, *, cache: Path | None = N
 
 
 def _lines_of_split(dataset: Dataset, data: SplitDatasetConfig) -> list[str]:
-    """Lines on groups and own folds, if settings beside a dataset ask for them."""
-    lines = []
+    """Lines on groups, folds and the sizes of both parts, if a setting of the split is changed.
+
+    Raises:
+        DatasetError, ConfigError: the split does not fit the dataset.
+    """
+    lines: list[str] = []
+    if not changed_split_settings(data):
+        return lines
     if (groups := groups_of(dataset, data)) is not None:
         lines.append(f"{len(groups)} groups stay together (data.group_by)")
     if data.splits is not None or data.fold is not None:
         folds = folds_of(dataset, data)
         lines.append(f"{len(folds)} folds ({folds.source})")
+    train, held_out = split_with(dataset, data, seed=0)
+    part = "" if data.fold is None and data.splits is None else f"fold {data.fold or 0}: "
+    lines.append(f"{part}{counted(len(train), 'case')} to train on, {len(held_out)} held out")
     return lines
 
 

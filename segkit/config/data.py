@@ -118,7 +118,8 @@ class SplitDatasetConfig(DatasetConfig):
     group is `{column: NAME}` of the table of cases; or `{pattern: REGEX}`, whose parentheses match
     the patient in a case's name; or `subject`, the `sub-…` of BIDS in the case's name or paths."""
     stratify_by: Literal["classes"] | ColumnConfig | None = None
-    """A property that all folds share evenly: the values of a column, or the classes in a label."""
+    """A property that all folds, or training and validation, share evenly: the values of a column,
+    or the classes in a label. It does not change how many cases are held out."""
 
 
 class DataConfig(SplitDatasetConfig):

@@ -9,8 +9,9 @@ import numpy as np
 
 from segkit.config.data import PatternConfig, SplitDatasetConfig
 from segkit.config.dataset_files import ColumnConfig, DatasetConfig
-from segkit.data.case_table import NAMES_SHOWN, column_of, table_of, unused_columns
+from segkit.data.case_table import NAMES_SHOWN, column_of, columns_in_use, table_of, unused_columns
 from segkit.data.dataset import CaseFiles, Dataset, read_case
+from segkit.data.split_settings import SPLITS_FILE, unused_split_settings
 from segkit.errors import DatasetError, counted, first_few
 
 SUBJECT = re.compile(r"sub-([A-Za-z0-9]+)")
@@ -31,7 +32,7 @@ def groups_of(dataset: Dataset, data: SplitDatasetConfig) -> dict[str, list[int]
     names = [case.name for case in dataset.cases]
     found, wanted = _group_of_each(dataset, data, data.group_by)
     groups: dict[str, list[int]] = defaultdict(list)
-    if lacking := [name for name in names if not found.get(name)]:
+    if lacking := [name for name in names if name not in found]:
         raise DatasetError(
             f"{wanted} gives no group for {first_few(lacking, NAMES_SHOWN)}; give each case one "
             "group"
@@ -42,12 +43,21 @@ def groups_of(dataset: Dataset, data: SplitDatasetConfig) -> dict[str, list[int]
 
 
 def told_of_split(dataset: Dataset, data: DatasetConfig) -> list[str]:
-    """Hints on a split: groups that the test divides, columns that no setting uses,
-    and a grouping that the names of cases suggest."""
+    """Hints on a split: groups that the test divides, settings that others turn off, columns that
+    no setting uses, and a grouping that the names of cases suggest."""
     own = data if isinstance(data, SplitDatasetConfig) else None
-    found = [] if own is None else groups_in_test(dataset, own)
-    advice = grouping_advice(dataset, own)
-    return [*found, *unused_columns(data), *([advice] if advice else [])]
+    found = [] if own is None else [*groups_in_test(dataset, own), *unused_split_settings(own)]
+    has_folds = own is not None and (own.folder / SPLITS_FILE).is_file()
+    advice = None if has_folds else grouping_advice(dataset, own)
+    return [*found, *_unused_table(data), *([advice] if advice else [])]
+
+
+def _unused_table(data: DatasetConfig) -> list[str]:
+    """A sentence for each useful column that no setting uses, or else for an unused table."""
+    columns = unused_columns(data)
+    if columns or data.case_table is None or columns_in_use(data):
+        return columns
+    return [f"{table_of(data)} is not used, because no setting names one of its columns"]
 
 
 def groups_in_test(dataset: Dataset, data: SplitDatasetConfig) -> list[str]:
@@ -55,7 +65,7 @@ def groups_in_test(dataset: Dataset, data: SplitDatasetConfig) -> list[str]:
     if data.group_by is None or not dataset.test:
         return []
     found, _ = _group_of_each(dataset, data, data.group_by)
-    kept = {found[name] for name in dataset.test if name in found}
+    kept = {found[case.name] for case in dataset.test if case.name in found}
     both = sorted({found[case.name] for case in dataset.cases if case.name in found} & kept)
     return [
         f"data.test keeps some cases of these groups of data.group_by and leaves others for "
@@ -69,23 +79,18 @@ def _group_of_each(
     group_by: PatternConfig | ColumnConfig | Literal["subject"],
 ) -> tuple[dict[str, str], str]:
     """The group of each case that has one, also of test cases, and the setting for messages."""
-    every = [*(case.name for case in dataset.cases), *dataset.test]
+    found: dict[str, str | None]
     if isinstance(group_by, PatternConfig):
-        pattern = re.compile(group_by.pattern)
-        found = {name: match[1] for name in every if (match := pattern.search(name))}
-        return found, f"data.group_by: pattern {group_by.pattern!r}"
-    if group_by == "subject":
-        named = {name: SUBJECT.search(name) for name in dataset.test}
-        subjects = {name: match[1] for name, match in named.items() if match}
-        for case in dataset.cases:
-            if subject := subject_of(case, dataset):
-                subjects[case.name] = subject
-        return subjects, "data.group_by: subject (sub-… in a name or a path)"
-    column = group_by.column
-    values = column_of(data, column, every, "data.group_by")
-    return {name: value for name, value in values.items() if value}, (
-        f"{table_of(data)}: column {column}"
-    )
+        wanted = f"data.group_by: pattern {group_by.pattern!r}"
+        matches = {name: re.search(group_by.pattern, name) for name in dataset.names_with_test}
+        found = {name: match and match[1] for name, match in matches.items()}
+    elif group_by == "subject":
+        wanted = "data.group_by: subject (sub-… in a name or a path)"
+        found = {case.name: subject_of(case, dataset) for case in (*dataset.cases, *dataset.test)}
+    else:
+        wanted = f"{table_of(data)}: column {group_by.column}"
+        found = {**column_of(data, group_by.column, dataset.names_with_test, "data.group_by")}
+    return {name: group for name, group in found.items() if group}, wanted
 
 
 def subject_of(case: CaseFiles, dataset: Dataset) -> str | None:
@@ -113,8 +118,7 @@ def strata_of(dataset: Dataset, data: SplitDatasetConfig) -> np.ndarray:
             rows.append([bool(present & set(numbers)) for numbers in members])
         return np.array(rows, float)
     column = data.stratify_by.column
-    every = [*(case.name for case in dataset.cases), *dataset.test]
-    found = column_of(data, column, every, "data.stratify_by")
+    found = column_of(data, column, dataset.names_with_test, "data.stratify_by")
     values = [found.get(case.name, "") for case in dataset.cases]
     kinds = sorted(set(values))
     return np.array([[value == kind for kind in kinds] for value in values], float)

@@ -119,6 +119,12 @@ def kept_for_test(data: DatasetConfig, names: list[str]) -> frozenset[str]:
     return kept
 
 
+def columns_in_use(data: DatasetConfig) -> set[str]:
+    """Names of the columns that settings such as `data.test={column: NAME}` name."""
+    settings = [getattr(data, name) for name in type(data).model_fields]
+    return {setting.column for setting in settings if isinstance(setting, ColumnConfig)}
+
+
 def unused_columns(data: DatasetConfig) -> list[str]:
     """A sentence for each column of the table of cases that no setting uses, but one could.
 
@@ -130,8 +136,7 @@ def unused_columns(data: DatasetConfig) -> list[str]:
     path = table_of(data)
     if path is None or not path.is_file():
         return []
-    settings = [getattr(data, name) for name in type(data).model_fields]
-    used = {setting.column for setting in settings if isinstance(setting, ColumnConfig)} | {ID}
+    used = columns_in_use(data) | {ID}
     if data.files is not None and data.files.table is not None:
         used |= {data.files.label or LABEL, *data.files.images.values()}
     rows, columns = read_csv(path)

@@ -92,14 +92,19 @@ class Dataset:
     """Unit of lengths in output; 'pixel' if pictures do not state the size of their pixels. Either
     all cases are in pixels, or none."""
 
-    test: tuple[str, ...] = ()
-    """Names of cases that are kept for a last test; `cases` does not contain them."""
+    test: tuple[CaseFiles, ...] = ()
+    """Cases that are kept for a last test; `cases` does not contain them."""
 
     unlabelled: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """The classes or regions that nobody labelled in a partly labelled case, by its name."""
 
     nan: NanRule = "refuse"
     """How `read_case` treats images that contain NaN or infinite values."""
+
+    @property
+    def names_with_test(self) -> list[str]:
+        """Names of all cases, first of `cases` and then of those kept for a last test."""
+        return [case.name for case in (*self.cases, *self.test)]
 
     @property
     def unlabelled_sets(self) -> tuple[tuple[str, ...], ...]:
@@ -225,7 +230,8 @@ def dataset_of(data: DatasetConfig, *, with_test: bool = False) -> Dataset:
     told = (data.folder, counted(len(kept), "case"), verb)
     logger.info("%s: %s %s kept for a test and not used", *told)
     left = tuple(case for case in dataset.cases if case.name not in kept)
-    return replace(dataset, cases=left, test=tuple(sorted(kept)))
+    test = tuple(case for case in dataset.cases if case.name in kept)
+    return replace(dataset, cases=left, test=test)
 
 
 def _labelled(data: DatasetConfig) -> Dataset:

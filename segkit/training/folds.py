@@ -18,14 +18,13 @@ from segkit.config.load import validated
 from segkit.data.case_groups import divided_groups, groups_of, strata_of
 from segkit.data.case_table import NAMES_SHOWN, YES_WORDS, column_of, table_of
 from segkit.data.dataset import Dataset
+from segkit.data.split_settings import SPLITS_FILE
 from segkit.errors import ConfigError, DatasetError, first_few
 from segkit.io.safe_text import parse_yaml, read_json, read_text
 from segkit.training.distribute import distribute
 
 logger = logging.getLogger(__name__)
 
-SPLITS_FILE = "splits_final.json"
-"""nnU-Net's file of folds, beside a dataset.json."""
 FIRST_SEED = 12345
 """The seed that nnU-Net draws folds with."""
 
@@ -73,10 +72,6 @@ def folds_of(dataset: Dataset, data: SplitDatasetConfig) -> Folds:
     elif beside.is_file() and not drawn_here:
         folds = _checked(dataset, _read(beside), str(beside))
     else:
-        if beside.is_file():
-            logger.warning(
-                "%s is not used, because data.group_by or data.stratify_by draws new folds", beside
-            )
         return drawn(dataset, data)
     for number, (train, held_out) in enumerate(zip(folds.train, folds.held_out, strict=True)):
         name = f"fold {number} of {folds.source}"
@@ -169,7 +164,7 @@ def _checked(dataset: Dataset, folds: Sequence[FoldConfig], source: str) -> Fold
                 "val; list each case in only one of them"
             )
         given = {*fold.train, *fold.val}
-        if kept := sorted(given & set(dataset.test)):
+        if kept := sorted(given & {case.name for case in dataset.test}):
             raise DatasetError(
                 f"{source}: fold {number} contains {first_few(kept, NAMES_SHOWN)}, but data.test "
                 "keeps them for the test; remove them from one of the two"
@@ -189,7 +184,7 @@ def _checked(dataset: Dataset, folds: Sequence[FoldConfig], source: str) -> Fold
 def _of_column(dataset: Dataset, data: SplitDatasetConfig, column: str) -> Folds:
     """Folds from a column, which holds the number of the fold that holds a case out, or nothing."""
     names = [case.name for case in dataset.cases]
-    found = column_of(data, column, [*names, *dataset.test], "data.splits")
+    found = column_of(data, column, dataset.names_with_test, "data.splits")
     source = f"{table_of(data)}: column {column}"
     numbers: dict[str, int] = {}
     for name in names:

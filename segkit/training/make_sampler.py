@@ -69,7 +69,7 @@ def make_sampler(
 
 
 def _case_weights(config: DataConfig, dataset: Dataset) -> Mapping[str, float]:
-    names = [*(case.name for case in dataset.cases), *dataset.test]
+    names = dataset.names_with_test
     if config.draw_cases is None:
         return {}
     if not isinstance(config.draw_cases, ColumnConfig):

@@ -6,20 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from segkit.config.data import DataConfig
+from segkit.config.data import SplitDatasetConfig
 from segkit.config.training import Config
-from segkit.data.case_groups import (
-    divided_groups,
-    grouping_advice,
-    groups_in_test,
-    groups_of,
-    strata_of,
-)
-from segkit.data.case_table import unused_columns
+from segkit.data.case_groups import divided_groups, groups_of, strata_of, told_of_split
 from segkit.data.dataset import CaseFiles, Dataset
 from segkit.errors import DatasetError
 from segkit.training.distribute import distribute
-from segkit.training.folds import SPLITS_FILE, Folds, folds_of
+from segkit.training.folds import Folds, folds_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +33,33 @@ def split_of(dataset: Dataset, config: Config) -> Split:
         DatasetError: the split does not fit the dataset.
         ConfigError: a setting of the split does not fit the dataset.
     """
-    data = config.data
-    for sentence in (*groups_in_test(dataset, data), *unused_columns(data)):
+    for sentence in told_of_split(dataset, config.data):
         logger.warning("%s", sentence)
+    return split_with(dataset, config.data, config.train.seed)
+
+
+def split_with(dataset: Dataset, data: SplitDatasetConfig, seed: int) -> Split:
+    """The split that settings of a dataset ask for, without hints on these settings.
+
+    Args:
+        dataset: the dataset.
+        data: settings of the dataset and of its split.
+        seed: seed of the drawing, if a share is held out.
+
+    Raises:
+        DatasetError: the split does not fit the dataset.
+        ConfigError: a setting of the split does not fit the dataset.
+    """
     if data.fold is not None or data.splits is not None:
         return nth_of(dataset, folds_of(dataset, data), data.fold or 0)
-    if (data.folder / SPLITS_FILE).is_file():
-        logger.warning(
-            "%s is not used, because only data.fold and --folds use its folds",
-            data.folder / SPLITS_FILE,
-        )
-    elif advice := grouping_advice(dataset, data):
-        logger.warning("%s", advice)
     drawn_here = data.group_by is not None or data.stratify_by is not None
     if isinstance(data.validation, list):
-        found = split(dataset, data.validation, config.train.seed)
+        found = split(dataset, data.validation, seed)
         _warn_of_divided_groups(dataset, data, found)
         return found
     if not drawn_here or not data.validation:
-        return split(dataset, data.validation, config.train.seed)
-    return _share_of_groups(dataset, data, data.validation, config.train.seed)
+        return split(dataset, data.validation, seed)
+    return _share_of_groups(dataset, data, data.validation, seed)
 
 
 def nth_of(dataset: Dataset, folds: Folds, fold: int) -> Split:
@@ -77,7 +77,7 @@ def nth_of(dataset: Dataset, folds: Folds, fold: int) -> Split:
     )
 
 
-def _share_of_groups(dataset: Dataset, data: DataConfig, share: float, seed: int) -> Split:
+def _share_of_groups(dataset: Dataset, data: SplitDatasetConfig, share: float, seed: int) -> Split:
     """A split that holds out a share of the cases, in whole groups and from each stratum."""
     groups = groups_of(dataset, data) or {
         case.name: [number] for number, case in enumerate(dataset.cases)
@@ -93,7 +93,7 @@ def _share_of_groups(dataset: Dataset, data: DataConfig, share: float, seed: int
     return split(dataset, sorted(held_out), seed)
 
 
-def _warn_of_divided_groups(dataset: Dataset, data: DataConfig, found: Split) -> None:
+def _warn_of_divided_groups(dataset: Dataset, data: SplitDatasetConfig, found: Split) -> None:
     groups = groups_of(dataset, data)
     names = [case.name for case in dataset.cases]
     parts = [[case.name for case in part] for part in found]
@@ -121,7 +121,7 @@ def split(dataset: Dataset, validation: float | Sequence[str], seed: int) -> Spl
         held_out = set(np.random.default_rng(seed).permutation(names)[:count].tolist())
     else:
         held_out = set(validation)
-        if kept := sorted(held_out & set(dataset.test)):
+        if kept := sorted(held_out & {case.name for case in dataset.test}):
             raise DatasetError(
                 f"data.validation contains {kept[0]}, which is also in data.test; list it in only "
                 "one of them"

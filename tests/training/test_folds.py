@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from segkit.checking.check import check
 from segkit.config.load import validated
 from segkit.config.training import Config
 from segkit.data.case_groups import grouping_advice, likely_grouping, strata_of
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of
+from segkit.data.split_settings import unused_split_settings
 from segkit.errors import ConfigError, DatasetError
 from segkit.training.distribute import distribute
 from segkit.training.folds import folds_of
@@ -24,8 +27,11 @@ PATIENTS = [f"p{patient}_{visit}" for patient in range(5) for visit in "ab"]
 
 
 def dataset_with(folder: Path, names: list[str], test: tuple[str, ...] = ()) -> Dataset:
-    cases = tuple(CaseFiles(name, (), folder / f"{name}.nii") for name in sorted(names))
-    return Dataset(folder, cases, ("MR",), {"background": 0, "organ": 1}, test=test)
+    cases, kept = (
+        tuple(CaseFiles(name, (), folder / f"{name}.nii") for name in sorted(part))
+        for part in (names, test)
+    )
+    return Dataset(folder, cases, ("MR",), {"background": 0, "organ": 1}, test=kept)
 
 
 def config_with(folder: Path, **data: Any) -> Config:
@@ -178,6 +184,57 @@ def test_each_fold_has_its_share_of_every_stratum() -> None:
     assert [sum(number < 10 for number in part) for part in parts] == [2] * 5
 
 
+@given(
+    st.lists(st.integers(1, 5), min_size=2, max_size=15),
+    st.integers(1, 4),
+    st.sampled_from([[0.8, 0.2], [0.5, 0.5], [1 / 3] * 3, [0.2] * 5]),
+    st.integers(0, 2**31),
+)
+def test_strata_do_not_change_the_share_of_a_part(
+    of_stratum: list[int], most: int, shares: list[float], seed: int
+) -> None:
+    """Groups of 1 to `most` cases, in strata of 1 to 5 cases: parts are as large as asked for."""
+    kinds = np.repeat(np.arange(len(of_stratum)), of_stratum)
+    random = np.random.RandomState(seed)
+    cut = np.cumsum(random.randint(1, most + 1, len(kinds)))
+    numbers = np.split(np.arange(len(kinds)), cut[cut < len(kinds)])
+    groups = {str(number): cases.tolist() for number, cases in enumerate(numbers)}
+    if len(groups) < len(shares):
+        return
+    strata = (kinds[:, None] == np.arange(len(of_stratum))).astype(float)
+    parts = distribute(groups, strata, shares, random)
+    assert sorted(case for part in parts for case in part) == list(range(len(kinds)))
+    largest = max(map(len, groups.values()))
+    sizes = [len(part) for part in parts]
+    for size, share in zip(sizes, shares, strict=True):
+        assert abs(size - share * len(kinds)) <= largest
+    if len(set(shares)) == 1:
+        assert max(sizes) - min(sizes) <= largest
+    if largest == 1:  # each part has its share of each stratum, but for one case
+        for part, share in zip(parts, shares, strict=True):
+            assert (np.abs(strata[part].sum(axis=0) - share * strata.sum(axis=0)) < 1).all()
+
+
+@pytest.mark.parametrize(
+    "of_stratum", [[2] * 30, [3] * 20, [4] * 15, [20, *[2] * 20], [20, 10, *[1] * 30]]
+)
+def test_a_fifth_of_many_small_strata_is_a_fifth(of_stratum: list[int]) -> None:
+    strata = np.repeat(np.eye(len(of_stratum)), of_stratum, axis=0)
+    groups = {str(number): [number] for number in range(60)}
+    for seed in range(5):
+        random = np.random.RandomState(seed)
+        assert [len(part) for part in distribute(groups, strata, [0.8, 0.2], random)] == [48, 12]
+
+
+def test_without_strata_groups_go_where_they_went_in_earlier_versions() -> None:
+    groups = {"a": [0, 1, 2], "b": [3], "c": [4, 5], "d": [6], "e": [7, 8], "f": [9]}
+    nothing = np.zeros((10, 0))
+    folds = distribute(groups, nothing, [1 / 3] * 3, np.random.RandomState(12345))
+    assert folds == [[0, 1, 2, 3], [7, 8, 9], [4, 5, 6]]
+    held_out = distribute(groups, nothing, [0.8, 0.2], np.random.RandomState(0))[1]
+    assert held_out == [4, 5]
+
+
 def test_a_column_or_the_classes_of_a_case_are_strata(tmp_path: Path) -> None:
     folder = small_dataset(tmp_path / "data")
     (folder / "cases.csv").write_text("id,site\ncase_0,A\ncase_1,B\ncase_2,A\ncase_3,B\n")
@@ -197,7 +254,7 @@ def test_cases_for_the_test_are_in_no_part(tmp_path: Path) -> None:
     for test in (["case_1"], {"column": "use"}):
         config = config_with(folder, test=test, case_table="cases.csv")
         dataset = dataset_of(config.data)
-        assert dataset.test == ("case_1",)
+        assert names(dataset.test) == ["case_1"]
         train, held_out = split_of(dataset, config)
         assert sorted(names((*train, *held_out))) == ["case_0", "case_2", "case_3"]
     with pytest.raises(DatasetError, match=r"data\.test: expected only .*, found nobody"):
@@ -219,6 +276,30 @@ def test_a_group_with_only_some_cases_in_the_test_is_reported(
     assert "data.test keeps some" not in caplog.text
     split_of(dataset_with(tmp_path, PATIENTS[1:], test=("p0_a",)), config)
     assert "leaves others for training: p0; keep all or none of a group" in caplog.text
+
+
+def test_a_subject_in_the_path_of_a_test_case_is_reported_if_others_train(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases = [
+        CaseFiles(f"0{subject}_{session}", (), tmp_path / f"sub-0{subject}/ses-{session}/label.png")
+        for subject in range(1, 6)
+        for session in "ab"
+    ]
+    config = config_with(tmp_path, group_by="subject")
+    classes = {"background": 0, "organ": 1}
+    split_of(Dataset(tmp_path, tuple(cases[2:]), ("MR",), classes, test=tuple(cases[:2])), config)
+    assert "data.test keeps some" not in caplog.text
+    split_of(Dataset(tmp_path, tuple(cases[1:]), ("MR",), classes, test=(cases[0],)), config)
+    assert "leaves others for training: 01; keep all or none of a group" in caplog.text
+
+
+def test_a_pattern_whose_group_matches_nothing_gives_no_group(tmp_path: Path) -> None:
+    config = config_with(tmp_path, group_by={"pattern": "^(?:(p[0-2])|p[34])_"})
+    for kept in ((), ("p0_a", "p3_a", "p4_a")):
+        left = [name for name in PATIENTS if name not in kept]
+        with pytest.raises(DatasetError, match=r"gives no group for p3_\w.*; give each case one"):
+            split_of(dataset_with(tmp_path, left, test=kept), config)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +324,69 @@ def test_grouping_is_proposed_if_names_look_alike(
     if setting is not None:
         given = {"pattern": "(x)"}
         assert grouping_advice(dataset, config_with(tmp_path, group_by=given).data) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "unused"),
+    [
+        ({"validation": ["a"], "stratify_by": {"column": "site"}}, ["stratify_by"]),
+        ({"validation": 0, "stratify_by": "classes"}, ["stratify_by"]),
+        ({"num_folds": 7}, ["num_folds"]),
+        ({"fold": 0, "validation": ["a"], "num_folds": 3}, ["validation"]),
+        (
+            {
+                "splits": {"column": "fold"},
+                "num_folds": 7,
+                "validation": ["a"],
+                "stratify_by": {"column": "site"},
+            },
+            ["validation", "num_folds", "stratify_by"],
+        ),
+        ({"fold": 0, "num_folds": 3, "stratify_by": {"column": "site"}}, []),
+        ({"validation": 0.3, "stratify_by": {"column": "site"}}, []),
+        ({"splits": {"column": "fold"}, "fold": 1}, []),
+    ],
+)
+def test_settings_of_a_split_that_others_turn_off_are_told(
+    tmp_path: Path, settings: dict[str, Any], unused: list[str]
+) -> None:
+    """They are the same in the config that a run writes, which holds every setting."""
+    config = config_with(tmp_path, case_table="cases.csv", **settings)
+    whole = validated(Config, config.model_dump(mode="json"), "config.yaml")
+    for data in (config.data, whole.data):
+        told = unused_split_settings(data)
+        assert [sentence.split()[0] for sentence in told] == [f"data.{name}" for name in unused]
+
+
+def test_folds_of_a_file_turn_off_the_number_of_folds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "splits_final.json").write_text(json.dumps(splits_final()[:2]))
+    split_of(dataset_with(tmp_path, PATIENTS), config_with(tmp_path, fold=1, num_folds=3))
+    beside = tmp_path / "splits_final.json"
+    assert f"data.num_folds is not used, because {beside} has folds" in caplog.text
+    assert unused_split_settings(config_with(tmp_path, fold=1).data) == []
+
+
+def test_check_of_a_dataset_draws_the_split(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data")
+    (folder / "cases.csv").write_text("id,site\ncase_0,A\ncase_1,B\ncase_2,A\ncase_3,B\n")
+    (folder / "strange.csv").write_text("name,site\ncase_0,A\n")
+    table, site = "data.case_table=cases.csv", "data.stratify_by={column: site}"
+    for words, reason in (
+        ([table, "data.stratify_by={column: nonexistent}"], "expected a column nonexistent"),
+        (["data.case_table=strange.csv", site], "expected a column id"),
+        (["data.validation=[nope]"], "data.validation names nope, which is not a case"),
+    ):
+        with pytest.raises(DatasetError, match=reason):
+            check(folder, words)
+    text = str(check(folder, [table, site, "data.validation=0.5"]))
+    assert "2 cases to train on, 2 held out" in text and "not used" not in text
+    text = str(check(folder, [table, site, "data.validation=[case_1]"]))
+    assert "3 cases to train on, 1 held out" in text
+    assert "data.stratify_by is not used, because data.validation names the cases" in text
+    text = str(check(folder, [table]))
+    assert "cases.csv is not used, because no setting names one of its columns" in text
 
 
 def test_a_pattern_without_one_group_is_refused(tmp_path: Path) -> None:
