@@ -110,6 +110,8 @@ def _by_patterns(folder: Path, files: FilesConfig) -> tuple[tuple[str, ...], lis
 def _images(folder: Path, files: FilesConfig, labels: dict[str, Path]) -> list[dict[str, Path]]:
     """The files that match each pattern of images, but no labels: `a_mask.png` also fits `*.png`.
 
+    If the pattern of labels is also that of images, its files are both.
+
     Args:
         folder: the folder of the dataset.
         files: the patterns.
@@ -117,7 +119,11 @@ def _images(folder: Path, files: FilesConfig, labels: dict[str, Path]) -> list[d
     """
     of_labels = set(labels.values())
     return [
-        {name: path for name, path in matched(folder, pattern).items() if path not in of_labels}
+        {
+            name: path
+            for name, path in matched(folder, pattern).items()
+            if pattern == files.label or path not in of_labels
+        }
         for pattern in files.images.values()
     ]
 

@@ -149,8 +149,10 @@ def test_overshoots_of_a_spline_are_clipped_to_the_channels_range() -> None:
     positions = prepared.source.positions_of(prepared.grid)
     free = resample(torch.from_numpy(np.moveaxis(volume.data, 3, 0)), positions, (3, 3, 3))
     assert free[0].max() > 5.1 and free[1].max() > -0.9
-    assert_array_equal(prepared.image[0], free[0].clamp(1, 5))
-    assert_array_equal(prepared.image[1], free[1].clamp(-5, -1))
+    # Two sums of the same numbers in another order, so equal but for rounding.
+    assert_allclose(prepared.image[0], free[0].clamp(1, 5), rtol=1e-6)
+    assert_allclose(prepared.image[1], free[1].clamp(-5, -1), rtol=1e-6)
+    assert prepared.image[0].min() >= 1 and prepared.image[0].max() <= 5
 
 
 @pytest.mark.parametrize("code", ["RAS", "LPS", "SLA", "IPR"])
