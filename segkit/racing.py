@@ -23,6 +23,7 @@ import torch
 from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.pictures import PicturesConfig
 from segkit.config.training import Config
+from segkit.data.case_groups import groups_of
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of
 from segkit.errors import counted
 from segkit.planning.candidates import plan_candidates
@@ -32,7 +33,7 @@ from segkit.system.only_errors import only_errors
 from segkit.system.progress import Track, untracked
 from segkit.training.final_scores import score
 from segkit.training.fit import train
-from segkit.training.split import split_of
+from segkit.training.split import ALL_TRAIN, split_of
 
 SHARE = 0.15
 """Planning and a race take at most this share of the minutes."""
@@ -125,7 +126,8 @@ def plan_by_race(
     dataset = dataset_of(source_of(folder, files, pictures))
     config = candidates[by_rule].config
     if held_out is not None:
-        data = config.data.model_copy(update={"validation": list(held_out)})
+        split = {"validation": list(held_out), "fold": None, "splits": None}
+        data = config.data.model_copy(update=split)
         config = config.model_copy(update={"data": data})
     cases = _cases_of(dataset, config)
     if cases is None:
@@ -184,15 +186,22 @@ def _cases_of(
 ) -> tuple[Sequence[CaseFiles], Sequence[CaseFiles]] | None:
     """Training cases of the split that a race trains on, and others that score it.
 
-    None if there are fewer than three.
+    A group of `data.group_by` has cases in only one of the two. None if there are fewer than three
+    groups, or three cases if they are not grouped.
     """
-    known = list(split_of(dataset, config).train)
-    if len(known) < 3:
-        return None
+    known = split_of(dataset, config).train
     order = np.random.default_rng(config.train.seed).permutation(len(known)).tolist()
-    scored = min(SCORED, max(len(known) // 4, 1))
-    chosen = [known[number] for number in order[: scored + TRAINED]]
-    return chosen[scored:], chosen[:scored]
+    shuffled = [known[number] for number in order]
+    group_of = {case.name: case.name for case in known}
+    for group, numbers in (groups_of(dataset, config.data) or {}).items():
+        group_of |= {dataset.cases[number].name: group for number in numbers}
+    groups = list(dict.fromkeys(group_of[case.name] for case in shuffled))
+    if len(groups) < 3:
+        return None
+    scoring = groups[: min(SCORED, max(len(groups) // 4, 1))]
+    scored = [case for case in shuffled if group_of[case.name] in scoring]
+    trained = [case for case in shuffled if group_of[case.name] not in scoring]
+    return trained[:TRAINED], scored[:SCORED]
 
 
 def _raced(
@@ -271,7 +280,7 @@ def shortened_for_race(config: Config, seconds: float, cache: Path) -> Config:
     minutes = config.train.minutes
     assert minutes is not None, "only plans for a time can race"
     steps = max(round(config.train.steps * seconds / (60 * minutes)), 1)
-    data: dict[str, Any] = {"validation": [], "fold": None, "first_stage": None, "cache": cache}
+    data: dict[str, Any] = {**ALL_TRAIN, "first_stage": None, "cache": cache}
     short: dict[str, Any] = {"minutes": seconds / 60, "steps": steps, "validate_every": 10**6}
     short |= {"pictures": 0, "validation_cases": None}
     return config.model_copy(

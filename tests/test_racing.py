@@ -1,13 +1,15 @@
 """Plans race on training cases only, for a small share of the time, and the table says how."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from segkit import racing
 from segkit.config.load import load_config
-from segkit.data.dataset import read_dataset
+from segkit.data.dataset import dataset_of, read_dataset
 from segkit.planning import planned_seconds, planning_task
 from segkit.planning.candidates import plan_candidates
 from segkit.racing import (
@@ -22,7 +24,7 @@ from segkit.racing import (
     table,
 )
 from segkit.training.split import split_of
-from tests.small import small_dataset
+from tests.small import small_config, small_dataset
 
 
 def test_each_round_trains_the_better_half_twice_as_long() -> None:
@@ -105,6 +107,61 @@ def test_a_race_never_sees_the_cases_that_score_the_run(dataset: Path, tmp_path:
     assert trained and scored and not trained & scored and not (trained | scored) & held_out
     short = shortened_for_race(planned.config, 12.0, tmp_path)
     assert short.data.validation == [] and short.train.minutes == 0.2
+
+
+FOLDS = [
+    {"train": ["case_2", "case_3", "case_4", "case_5"], "val": ["case_0", "case_1"]},
+    {"train": ["case_0", "case_1", "case_2", "case_3"], "val": ["case_4", "case_5"]},
+]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"splits": FOLDS},
+        {"fold": 0},
+        {"group_by": {"column": "patient"}, "validation": 0.0},
+        {"group_by": {"column": "patient"}, "stratify_by": {"column": "site"}, "fold": 1},
+        {"group_by": {"column": "patient"}, "test": ["case_5"], "splits": [FOLDS[0] | {
+            "train": ["case_2", "case_3", "case_4"]}]},
+    ],
+)  # fmt: skip
+def test_a_race_trains_on_its_cases_whatever_the_split_of_the_run(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=6)
+    table = "id,patient,site\n" + "".join(f"case_{n},p{n},{n % 2}\n" for n in range(6))
+    (folder / "cases.csv").write_text(table)
+    config = small_config(folder, data={**settings, "case_table": folder / "cases.csv"})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"minutes": 10.0})})
+    dataset = dataset_of(config.data)
+    cases = racing._cases_of(dataset, config)
+    assert cases is not None
+    short = shortened_for_race(config, 12.0, tmp_path)
+    raced = split_of(replace(dataset, cases=tuple(cases[0])), short)
+    assert raced.held_out == () and set(raced.train) == set(cases[0])
+    assert set(cases[0]) | set(cases[1]) <= set(split_of(dataset, config).train)
+
+
+def test_no_patient_both_trains_and_scores_a_race(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=12)
+    dataset, scored = read_dataset(folder), set()
+    # Cases 0, 3, 6 and 9 are of one patient, and so on: there are three patients.
+    table = "id,patient\n" + "".join(f"case_{n},p{n % 3}\n" for n in range(12))
+    (folder / "cases.csv").write_text(table)
+    table_of_patients = {"case_table": folder / "cases.csv", "group_by": {"column": "patient"}}
+    for seed in range(8):
+        data = {**table_of_patients, "validation": 0.0}
+        config = small_config(folder, data=data, train={"seed": seed})
+        cases = racing._cases_of(dataset, config)
+        assert cases is not None
+        trained, judged = ({int(case.name.split("_")[1]) % 3 for case in part} for part in cases)
+        assert len(judged) == 1 and trained == {0, 1, 2} - judged
+        assert (len(cases[0]), len(cases[1])) == (8, racing.SCORED)
+        scored |= judged
+    assert len(scored) > 1
+    two = small_config(folder, data={**table_of_patients, "validation": 0.3})
+    assert racing._cases_of(dataset, two) is None
 
 
 def test_there_is_no_race_once_planning_has_taken_its_share_of_the_time(

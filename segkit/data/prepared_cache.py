@@ -28,7 +28,7 @@ from numpy import ndarray
 from segkit.data.dataset import CaseFiles, Dataset, grid_of_case, read_case
 from segkit.data.first_stage_labels import with_labels
 from segkit.data.normalise import Normaliser
-from segkit.data.preprocess import TooLargeError, prepare_image, prepare_label
+from segkit.data.preprocess import TooLargeError, prepare_image, prepare_label, spacing_for
 from segkit.errors import DatasetError, Problems, SegkitError, VolumeError
 from segkit.geometry.grid import ANISOTROPY, Orientation
 from segkit.io.atomic import PARTIAL, naming, remove_leftovers
@@ -39,7 +39,7 @@ from segkit.system.memory import free_memory
 from segkit.system.resources import num_cores
 from segkit.system.workers import attempted, in_processes
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 POSITIONS_PER_CLASS = 10_000
 VOXELS_PER_PROCESS = 20_000_000
 """About so many voxels are prepared in the time that another process needs to start."""
@@ -282,7 +282,8 @@ def _processes(
     sizes = []
     for case in cases:
         grid = grid_of_case(case, dataset)
-        prepared = Orientation.of(grid.affine).turn_grid(grid).with_spacing(spacing)
+        turned = Orientation.of(grid.affine).turn_grid(grid)
+        prepared = turned.with_spacing(spacing_for(turned, spacing))
         sizes.append(num_channels * max(math.prod(grid.shape), math.prod(prepared.shape)))
     worth = sum(sizes) // VOXELS_PER_PROCESS
     bearable = free_memory() // (max(sizes) * BYTES_PER_VOXEL)

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from segkit.data.normalise import Normaliser
 from segkit.errors import VolumeError
-from segkit.geometry.grid import Grid, Orientation, rounded_spacing, separate_axis
+from segkit.geometry.grid import (
+    Grid,
+    Orientation,
+    measured_spacings,
+    rounded_spacing,
+    separate_axis,
+)
 from segkit.geometry.memory_order import slowest_first
 from segkit.geometry.resample import Order, nearest, resample, resample_labels
 from segkit.io.volume import Volume
@@ -80,7 +86,7 @@ def prepare_image(
 
     Cubic splines can overshoot at edges, so the result is clipped to the range of the channel, as
     in skimage's `resize`, which nnU-Net uses. Along an axis of slices that are far apart
-    (`separate_axis`), each voxel comes from the nearest slice.
+    (`separate_axis`), each voxel comes from the nearest slice. An axis of one voxel keeps it.
 
     Args:
         volume: the volume.
@@ -99,7 +105,7 @@ def prepare_image(
     turned = turned[box]
     assert len(normalisers) == turned.shape[3], "one normaliser per channel"
     _check_memory(source, spacing, len(normalisers))
-    grid = source.with_spacing(spacing)
+    grid = source.with_spacing(spacing_for(source, spacing))
     x, y, z = orders_between(source, grid, order)
     positions = source.positions_of(grid)
     image = torch.empty(len(normalisers), *grid.shape, device=device)
@@ -133,7 +139,8 @@ def _float32_on(device: torch.device, values: Shaped[ndarray, "x y z"]) -> Float
 def _check_memory(source: Grid, spacing: Sequence[float], num_channels: int) -> None:
     # In floating point, because an absurd spacing gives numbers too large for integers.
     with np.errstate(over="ignore"):
-        shape = (np.array(source.shape) * (source.spacing / np.array(spacing))).tolist()
+        ratios = source.spacing / np.array(spacing_for(source, spacing))
+        shape = (np.array(source.shape) * ratios).tolist()
     needed, free = BYTES_PER_VALUE * num_channels * math.prod(shape), free_memory()
     if not needed <= free:
         size = " x ".join(f"{length:.3g}" for length in shape)
@@ -145,9 +152,26 @@ def _check_memory(source: Grid, spacing: Sequence[float], num_channels: int) -> 
         )
 
 
+def spacing_for(source: Grid, spacing: Sequence[float]) -> tuple[float, float, float]:
+    """The target spacing of a grid in mm: along an axis of one voxel, the grid's own.
+
+    The header's spacing along such an axis means nothing, as of a picture or of a single slice.
+
+    Args:
+        source: the grid before it is resampled.
+        spacing: target spacing of the network, in mm.
+    """
+    x, y, z = (
+        own if size == 1 else wanted
+        for size, own, wanted in zip(source.shape, source.spacing, spacing, strict=True)
+    )
+    return x, y, z
+
+
 def orders_between(source: Grid, grid: Grid, order: Literal[1, 3]) -> tuple[Order, Order, Order]:
     """The order of interpolation along each axis: 0 along the axis of separate slices, if any."""
-    apart = separate_axis(source.spacing, grid.spacing)
+    thick = [axis for axis, size in enumerate(source.shape) if size > 1]
+    apart = separate_axis(source.spacing, grid.spacing, thick)
     x, y, z = (NEAREST if axis == apart else order for axis in range(3))
     return x, y, z
 
@@ -191,7 +215,11 @@ def cropped(grid: Grid, box: Box) -> Grid:
 
 
 def median_spacing(grids: Sequence[Grid]) -> tuple[float, float, float]:
-    """The median voxel size of grids, in mm along right-left, back-front and foot-head."""
-    turned = [Orientation.of(grid.affine).turn_grid(grid).spacing for grid in grids]
-    x, y, z = np.median(np.array(turned), axis=0)
-    return rounded_spacing((x, y, z))
+    """The median voxel size of grids, in mm along right-left, back-front and foot-head.
+
+    Along each axis, only grids with more than one voxel count, if there are any.
+    """
+    turned = [Orientation.of(grid.affine).turn_grid(grid) for grid in grids]
+    spacings, shapes = [grid.spacing for grid in turned], [grid.shape for grid in turned]
+    x, y, z = (np.median(measured_spacings(spacings, shapes, axis)) for axis in range(3))
+    return rounded_spacing((float(x), float(y), float(z)))

@@ -101,7 +101,8 @@ class WholeVolume:
             Axis(size, own, wanted)
             for size, own, wanted in zip(image.shape[1:], own_spacing, self.spacing, strict=True)
         ]
-        if (apart := slice_axis(own_spacing, self.spacing)) is not None:
+        thick = [number for number, axis in enumerate(axes) if axis.size > 1]
+        if (apart := slice_axis(own_spacing, self.spacing, thick)) is not None:
             axes[apart].nearest = True
         prepared = torch.stack(
             [
@@ -202,7 +203,8 @@ class Axis:
 
     def __init__(self, size: int, own_spacing: float, spacing: float) -> None:
         self.size = size
-        self.stride = spacing / own_spacing
+        # An axis of one voxel keeps it: its spacing means nothing.
+        self.stride = spacing / own_spacing if size > 1 else 1.0
         self.new_size = max(round(size / self.stride), 1)
         self.offset = (size - 1) / 2 - self.stride * (self.new_size - 1) / 2
         self.nearest = False
@@ -234,15 +236,24 @@ class Axis:
         return np.ceil(positions - 0.5) if self.nearest else positions
 
 
-def slice_axis(own: Sequence[float], wanted: Sequence[float]) -> int | None:
+def slice_axis(
+    own: Sequence[float], wanted: Sequence[float], axes: Sequence[int] = (0, 1, 2)
+) -> int | None:
     """The axis with slices far apart in the scan, or else in the network's spacing; None if none.
 
     As in nnU-Net (Isensee et al. 2021), slices are far apart if their spacing is more than
     `SLICES_APART` times the finest spacing.
+
+    Args:
+        own: spacing of the scan, in mm.
+        wanted: spacing of the network's voxels, in mm.
+        axes: the axes to compare: those with more than one voxel.
     """
     for spacing in (own, wanted):
-        if max(spacing) / min(spacing) > SLICES_APART:
-            coarsest = [axis for axis in range(3) if spacing[axis] > 0.9999 * max(spacing)]
+        compared = {axis: spacing[axis] for axis in axes} or {0: 1.0}
+        largest = max(compared.values())
+        if largest / min(compared.values()) > SLICES_APART:
+            coarsest = [axis for axis, length in compared.items() if length > 0.9999 * largest]
             return coarsest[0] if len(coarsest) == 1 else None
     return None
 

@@ -26,18 +26,43 @@ SAME_PLACE = 0.1
 """Largest distance, in voxels, between corresponding voxels of two grids that agree."""
 
 
-def separate_axis(current: Sequence[float], target: Sequence[float]) -> int | None:
+def separate_axis(
+    current: Sequence[float], target: Sequence[float], axes: Sequence[int] = (0, 1, 2)
+) -> int | None:
     """The axis with slices so far apart that the nearest slice is taken, or None.
 
     It is the axis along which the current spacing, or else the target spacing, is more than 3 times
     as coarse as along the finest axis (nnU-Net, "resampling"). If two axes are equally coarse, up
-    to the rounding of a header, the answer is None. Spacings are in mm.
+    to the rounding of a header, the answer is None.
+
+    Args:
+        current: spacing of the image, in mm.
+        target: spacing to which it is resampled, in mm.
+        axes: the axes to compare: those with more than one voxel.
     """
     for spacing in (current, target):
-        if max(spacing) / min(spacing) > ANISOTROPY:
-            coarsest = [axis for axis in range(3) if spacing[axis] > 0.9999 * max(spacing)]
+        compared = {axis: spacing[axis] for axis in axes} or {0: 1.0}
+        largest = max(compared.values())
+        if largest / min(compared.values()) > ANISOTROPY:
+            coarsest = [axis for axis, length in compared.items() if length > 0.9999 * largest]
             return coarsest[0] if len(coarsest) == 1 else None
     return None
+
+
+def measured_spacings(
+    spacings: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]], axis: int
+) -> list[float]:
+    """Spacings of images along an axis, in mm; of those with more than one voxel along it, if any.
+
+    Args:
+        spacings: spacing of each image, in mm.
+        shapes: shape of each image, in voxels.
+        axis: the axis.
+    """
+    known = [
+        spacing[axis] for spacing, shape in zip(spacings, shapes, strict=True) if shape[axis] > 1
+    ]
+    return known or [spacing[axis] for spacing in spacings]
 
 
 def are_sheared(directions: Float[ndarray, "axis world"]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.pictures import PicturesConfig
 from segkit.planning.make_plan import Planned, planned_task
-from segkit.planning.plan import Plan, flat_axes
+from segkit.planning.plan import Plan, flat_axis
 from segkit.planning.planning_task import (
     PLANNED_STEPS,
     Preset,
@@ -59,7 +59,7 @@ def plan_candidates(
     )
     wanted = {f"{task.spatial_dims}D": task}
     if task.timed:
-        volumes = not flat_axes(task.fingerprint.numbers())
+        volumes = flat_axis(task.fingerprint.numbers()) is None
         if spatial_dims is None and volumes:
             other = 5 - task.spatial_dims
             wanted[f"{other}D"] = replace(task, spatial_dims=other, why_slices="")

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from segkit.geometry.grid import ANISOTROPY
+from segkit.geometry.grid import ANISOTROPY, measured_spacings
 
 Spacing = tuple[float, ...]
 Size = tuple[int, ...]
@@ -124,18 +124,35 @@ def target_spacing(
 
     If an axis is more than 3 times coarser than the others, with less than a third of their voxels,
     it takes the 10th percentile of its spacings, so that fewer cases lose slices. It remains the
-    coarsest axis.
+    coarsest axis. The spacing of a case along an axis of one voxel is not counted, and an axis of
+    one voxel in all cases is not compared.
     """
-    target = np.median(np.array(spacings, float), axis=0).tolist()
+    target = list(median_spacing(spacings, shapes))
     sizes = np.median(np.array(shapes, float), axis=0).tolist()
-    worst = coarsest_axis(target)
-    others = [axis for axis in range(3) if axis != worst]
+    thick = thick_axes(shapes)
+    if len(thick) < 2:
+        return target[0], target[1], target[2]
+    worst = max(thick, key=lambda axis: (target[axis], axis))
+    others = [axis for axis in thick if axis != worst]
     next_coarsest = max(target[axis] for axis in others)
     fewest = min(sizes[axis] for axis in others)
     if target[worst] > ANISOTROPY * next_coarsest and sizes[worst] * ANISOTROPY < fewest:
-        low = float(np.percentile([spacing[worst] for spacing in spacings], 10))
+        low = float(np.percentile(measured_spacings(spacings, shapes, worst), 10))
         target[worst] = low if low >= next_coarsest else next_coarsest + 1e-5
     return target[0], target[1], target[2]
+
+
+def thick_axes(shapes: Sequence[Size]) -> list[int]:
+    """Axes along which a case has more than one voxel."""
+    return [axis for axis in range(3) if any(shape[axis] > 1 for shape in shapes)]
+
+
+def median_spacing(
+    spacings: Sequence[Spacing], shapes: Sequence[Size]
+) -> tuple[float, float, float]:
+    """The median spacing along each axis, over cases with more than one voxel there, if any."""
+    x, y, z = (float(np.median(measured_spacings(spacings, shapes, axis))) for axis in range(3))
+    return x, y, z
 
 
 def coarsest_axis(spacing: Spacing | list[float]) -> int:
@@ -146,9 +163,15 @@ def coarsest_axis(spacing: Spacing | list[float]) -> int:
 def median_shape(
     spacings: Sequence[Spacing], shapes: Sequence[Size], target: Spacing
 ) -> tuple[float, float, float]:
-    """The median shape of the cases at the target spacing, each rounded to whole voxels."""
+    """The median shape of the cases at the target spacing, each rounded to whole voxels.
+
+    An axis of one voxel keeps it, as in preprocessing.
+    """
     resampled = [
-        [max(round(s * n / t), 1) for s, n, t in zip(spacing, shape, target, strict=True)]
+        [
+            max(round(s * n / t), 1) if n > 1 else 1
+            for s, n, t in zip(spacing, shape, target, strict=True)
+        ]
         for spacing, shape in zip(spacings, shapes, strict=True)
     ]
     x, y, z = np.median(np.array(resampled, float), axis=0).tolist()

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from segkit.data.single_slices import about_different_planes, flat_axes
 from segkit.errors import DatasetError, counted
 from segkit.geometry.grid import ANISOTROPY, rounded_spacing, separate_axis
 from segkit.planning import nnunet_rules as rules
@@ -114,7 +115,7 @@ def coarse_plan_for_time(
         save less than half of the voxels, or if the cases are single slices.
     """
     fit, _ = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes)
-    if len(flat_axes(numbers)):
+    if flat_axis(numbers) is not None:
         return None
     _, setting = _target(numbers, 3)
     plan, _ = _low_resolution(numbers, setting, fit(setting), fit, fit)
@@ -137,41 +138,53 @@ def _fits(
     )
 
 
-def flat_axes(numbers: Numbers) -> list[int]:
-    """Axes along which all cases have only one voxel. If there is one, the task is 2D.
+def flat_axis(numbers: Numbers) -> int | None:
+    """The axis along which the median image has less than 2 voxels, if there is one.
+
+    The task is 2D then, as in nnU-Net: a 3D patch would have one voxel along this axis.
 
     Raises:
-        DatasetError: there are two or three such axes.
+        DatasetError: most cases are single slices, but in different planes; or all are lines.
     """
-    flat = [axis for axis in range(3) if all(shape[axis] == 1 for shape in numbers.shapes)]
-    if len(flat) > 1:
+    slices = [shape for shape in numbers.shapes if 1 in shape]
+    if 2 * len(slices) > len(numbers.shapes) and not flat_axes(slices):
+        raise DatasetError(about_different_planes(slices))
+    if len(flat := flat_axes(numbers.shapes)) > 1:
         axes = " and ".join("xyz"[axis] for axis in flat)
         raise DatasetError(
             f"expected slices or volumes, found cases of one voxel along {axes}, which segkit "
             "cannot segment; use images of two or three dimensions"
         )
-    return flat
+    spacing, shape = _median_image(numbers)
+    if min(shape) >= 2:
+        return None
+
+    def thinness(axis: int) -> tuple[float, int, float]:
+        return shape[axis], -sum(each[axis] == 1 for each in slices), -spacing[axis]
+
+    return min(range(3), key=thinness)
+
+
+def _median_image(
+    numbers: Numbers,
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """The target spacing of all cases, and the shape of the median image at this spacing."""
+    spacing = rules.target_spacing(numbers.spacings, numbers.shapes)
+    return spacing, rules.median_shape(numbers.spacings, numbers.shapes, spacing)
 
 
 def axis_of_slices(numbers: Numbers) -> int:
     """The axis perpendicular to the slices that a 2D network sees.
 
-    It is the axis with one voxel in all cases, if there is one. Otherwise, if the median image has
-    less than 2 voxels along an axis, it is the axis with the fewest voxels; if not, the coarsest.
+    It is the axis along which the median image has less than 2 voxels, or else the coarsest.
     """
-    if flat := flat_axes(numbers):
-        return flat[0]
-    spacing = rules.target_spacing(numbers.spacings, numbers.shapes)
-    shape = rules.median_shape(numbers.spacings, numbers.shapes, spacing)
-    if min(shape) < 2:
-        return min(range(3), key=lambda axis: (shape[axis], -spacing[axis]))
-    return rules.coarsest_axis(spacing)
+    flat = flat_axis(numbers)
+    return rules.coarsest_axis(_median_image(numbers)[0]) if flat is None else flat
 
 
 def _target(numbers: Numbers, spatial_dims: int) -> tuple[tuple[float, float, float], Setting]:
     """The target spacing of all cases, and the setting to which patch and network are fitted."""
-    spacing = rules.target_spacing(numbers.spacings, numbers.shapes)
-    shape = rules.median_shape(numbers.spacings, numbers.shapes, spacing)
+    spacing, shape = _median_image(numbers)
     left_out = axis_of_slices(numbers) if spatial_dims == 2 else None
     axes = [axis for axis in range(3) if axis != left_out]
     return spacing, Setting(
@@ -199,21 +212,21 @@ def _plan(
         fit: makes patch, network and batch within the budget.
         fit_memory: makes them by the memory only; its patch decides about two stages.
     """
-    if spatial_dims == 3 and (flat := flat_axes(numbers)):
+    if spatial_dims == 3 and (flat := flat_axis(numbers)) is not None:
         raise DatasetError(
-            f"expected volumes for a plan of 3 dimensions, found one voxel along "
-            f"{'xyz'[flat[0]]} in every case; plan for 2 dimensions"
+            f"expected volumes for a plan of 3 dimensions, found {_flatness(numbers, flat)}; plan "
+            "for 2 dimensions"
         )
     spacing, setting = _target(numbers, spatial_dims)
-    coarsest = rules.coarsest_axis(spacing)
     fitted = fit(setting)
     low, why_low = None, "A 2D network sees slices at one resolution."
     if spatial_dims == 3:
         low, why_low = _low_resolution(numbers, setting, fit_memory(setting), fit_memory, fit)
     pooled = spatial_dims == 2 or low is not None
-    median = _median_spacing(numbers)
+    median = rules.median_spacing(numbers.spacings, numbers.shapes)
     why_spacing = f"{per_axis(median)} mm is the median of {counted(len(numbers.spacings), 'case')}"
     if spacing != median:
+        coarsest = next(axis for axis in range(3) if spacing[axis] != median[axis])
         why_spacing += (
             f"; {'xyz'[coarsest]} is over {ANISOTROPY:g} times coarser with under a third of the "
             f"voxels, so it takes the 10th percentile, {spacing[coarsest]:.4g} mm"
@@ -233,12 +246,22 @@ def _plan(
 
 
 def _why_slices(numbers: Numbers, spacing: tuple[float, float, float]) -> str:
+    flat = flat_axis(numbers)
+    if flat is not None:
+        return f"Slices, because there is {_flatness(numbers, flat)}."
     axis = "xyz"[axis_of_slices(numbers)]
-    if flat_axes(numbers):
-        return f"Every case has one voxel along {axis}."
-    if axis_of_slices(numbers) != rules.coarsest_axis(spacing):
-        return f"No axis has fewer voxels than {axis}."
     return f"No axis is coarser than {axis} at {per_axis(spacing)} mm."
+
+
+def _flatness(numbers: Numbers, axis: int) -> str:
+    """The number of voxels along the axis of slices, as part of a sentence."""
+    if axis not in flat_axes(numbers.shapes):
+        length = _median_image(numbers)[1][axis]
+        return f"a median of {counted(length, 'voxel', form='.3g')} along {'xyz'[axis]}"
+    # A volume may be 0 outside one slice; its file has more voxels.
+    cropped = any(share < 1 for share in numbers.box_shares)
+    without = ", not counting zeros around the body" if cropped else ""
+    return f"one voxel along {'xyz'[axis]} in every case{without}"
 
 
 def _low_resolution(
@@ -272,10 +295,12 @@ def _low_resolution(
         spacing = rules.coarser(spacing)
         shape = [f / s * n for f, s, n in zip(full.spacing, spacing, full.median, strict=True)]
         voxels = math.prod(shape)
+        if flat := [axis for axis, size in enumerate(shape) if round(size) < 2]:
+            return None, f"{seen}; a coarser grid would have one voxel along {'xyz'[flat[0]]}."
         setting = replace(
             full,
             spacing=spacing,
-            median=tuple(max(round(n), 1) for n in shape),
+            median=tuple(round(n) for n in shape),
             dataset_voxels=voxels * len(numbers.shapes),
         )
         coarse = holds(setting)
@@ -305,9 +330,9 @@ def _assembled(
 ) -> Plan:
     """The plan, with the remaining values and their reasons."""
     chosen = fitted.topology
-    current = _median_spacing(numbers)
+    current = rules.median_spacing(numbers.spacings, numbers.shapes)
     # Along an axis of one voxel, as in pictures, a spacing means nothing.
-    thick = [axis for axis in range(3) if any(shape[axis] > 1 for shape in numbers.shapes)]
+    thick = rules.thick_axes(numbers.shapes)
     ratios = [
         max(each[axis] for axis in thick or [0]) / min(each[axis] for axis in thick or [0])
         for each in (current, spacing)
@@ -325,7 +350,7 @@ def _assembled(
         kernels=chosen.kernels,
         normalisation=rules.normalisations(numbers),
         batch_dice=batch_dice,
-        separate_z=separate_axis(current, spacing) is not None,
+        separate_z=separate_axis(current, spacing, thick) is not None,
         low_resolution=low_resolution,
         reasons={
             "strides": f"Each of {len(chosen.strides)} strides halves an axis if it keeps "
@@ -341,8 +366,3 @@ def _assembled(
             **reasons,
         },
     )
-
-
-def _median_spacing(numbers: Numbers) -> tuple[float, float, float]:
-    x, y, z = np.median(np.array(numbers.spacings, float), axis=0).tolist()
-    return x, y, z

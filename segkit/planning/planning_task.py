@@ -19,7 +19,7 @@ from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import (
     Plan,
     coarse_plan_for_time,
-    flat_axes,
+    flat_axis,
     plan_for_memory,
     plan_for_time,
 )
@@ -156,7 +156,7 @@ def planning_task(
         accelerator=None if device == "auto" else "cpu" if on_cpu else "gpu",
         own_schedule=own_schedule,
         timed=present and not own_schedule,
-        spatial_dims=spatial_dims or (2 if flat_axes(measured.numbers()) else 3),
+        spatial_dims=spatial_dims or (3 if flat_axis(measured.numbers()) is None else 2),
         gigabytes=gigabytes,
         minutes=minutes,
         figures=Figures(cache / SPEED),

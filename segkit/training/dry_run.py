@@ -34,7 +34,7 @@ from segkit.system.signals import advice_on_stop
 from segkit.training.fit import train
 from segkit.training.lightning_private import set_last_step
 from segkit.training.resolve import check_images, check_precision, precision
-from segkit.training.split import split_of
+from segkit.training.split import ALL_TRAIN, split_of
 from segkit.training.time_budget import TimeBudget
 from segkit.training.time_limit import too_slow, wait_for_device
 from segkit.training.trackers import check_installed
@@ -340,8 +340,7 @@ def shortened(config: Config, spacing: tuple[float, float, float], cache: Path) 
     steps = WARM_UP + MEASURED
     few: dict[str, Any] = {"steps": steps, "validate_every": steps}
     few |= {"patience": None, "minutes": None}
-    data: dict[str, Any] = {"spacing": spacing, "validation": 0.0, "cache": cache}
-    data |= {"fold": None, "splits": None}
+    data: dict[str, Any] = {**ALL_TRAIN, "spacing": spacing, "cache": cache}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),

@@ -33,6 +33,7 @@ from segkit.config.training import SCHEDULE_OF, Config, TrainConfig, TrainerConf
 from segkit.data.dataset import CaseFiles, Dataset, check_headers, grid_of_case, read_case
 from segkit.data.normalise import foreground_statistics
 from segkit.data.preprocess import median_spacing
+from segkit.data.single_slices import about_different_planes, flat_axes
 from segkit.errors import ConfigError, DatasetError, Problems, counted
 from segkit.geometry.grid import Orientation
 from segkit.model.addresses import is_address
@@ -145,18 +146,22 @@ def check_plane(config: Config, dataset: Dataset, cases: Sequence[CaseFiles]) ->
 
     Raises:
         ConfigError: all cases have one voxel along an axis, and the network is a 3D network, or a
-            2D network of other planes.
+            2D network of other planes; or these axes differ.
     """
-    flat = {0, 1, 2}
+    network, plane = config.network, config.data.slices
+    shapes: list[tuple[int, int, int]] = []
     for case in cases:
         grid = grid_of_case(case, dataset)
-        shape = Orientation.of(grid.affine).turn_grid(grid).shape
-        flat &= {axis for axis, size in enumerate(shape) if size == 1}
-        if not flat:
+        shapes.append(Orientation.of(grid.affine).turn_grid(grid).shape)
+        if 1 not in shapes[-1]:
             return
-    network, plane = config.network, config.data.slices
+    if not cases or network.given is not None:
+        return
+    flat = flat_axes(shapes)
+    if not flat:
+        raise ConfigError(f"{dataset.folder}: {about_different_planes(shapes)}")
     in_plane = {name for name, axis in ACROSS.items() if axis in flat}
-    if not cases or (network.spatial_dims == 2 and plane in in_plane) or network.given is not None:
+    if network.spatial_dims == 2 and plane in in_plane:
         return
     found = "network.spatial_dims 3" if network.spatial_dims == 3 else f"data.slices {plane}"
     axes, names = (

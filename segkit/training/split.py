@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,16 @@ from segkit.training.distribute import distribute
 from segkit.training.folds import Folds, folds_of
 
 logger = logging.getLogger(__name__)
+
+ALL_TRAIN: dict[str, Any] = {
+    "validation": [],
+    "fold": None,
+    "splits": None,
+    "group_by": None,
+    "stratify_by": None,
+}
+"""Settings of `data` for a short training on some cases of a dataset, none of them held out. The
+settings of the run's split name other cases, which this training does not have."""
 
 
 class Split(NamedTuple):

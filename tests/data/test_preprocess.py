@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from segkit.data.preprocess import (
+    Prepared,
     median_spacing,
     prepare_image,
     prepare_label,
@@ -107,6 +108,41 @@ def test_world_coordinates_come_back_by_every_order_and_anisotropy(
         slices = index[middle][:, axis] + off[:, axis]
         assert_allclose(slices, slices.round(), atol=1e-3)
         assert np.abs(off[:, axis]).max() < 0.501
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("thickness", [0.1, 2.5, 20.0])
+@pytest.mark.parametrize("order", [1, 3])
+def test_the_spacing_along_an_axis_of_one_voxel_has_no_effect(
+    order: Literal[1, 3], thickness: float, axis: int
+) -> None:
+    def prepared(thickness: float) -> Prepared:
+        plane = np.random.default_rng(0).normal(size=(20, 24)).astype(np.float32) + 5
+        spacing, target = [1.0, 1.8], [1.0, 1.5]
+        spacing.insert(axis, thickness)
+        target.insert(axis, 3.75)
+        values = np.expand_dims(plane, axis)
+        x, y, z = spacing
+        volume = Volume(values, Grid(values.shape, affine_of("RAS", (x, y, z))))
+        return prepare_image(volume, spacing=target, normalisers=[unchanged], order=order)
+
+    found, expected = prepared(thickness), prepared(3.75)
+    shape = [20, 29]
+    shape.insert(axis, 1)
+    assert found.grid.shape == tuple(shape) and found.orders == (order,) * 3
+    assert_close(found.image, expected.image, rtol=0, atol=0)
+    assert found.grid.spacing[axis] == pytest.approx(thickness)
+    assert_array_equal(found.positions_of_source()[axis], [0])
+    middle = (np.array(found.grid.shape) - 1) / 2
+    there = (np.array(found.source.shape) - 1) / 2
+    assert_allclose(found.grid.world(middle), found.source.world(there), atol=1e-9)
+
+
+def test_grids_of_one_voxel_along_an_axis_have_no_spacing_there() -> None:
+    volume = Grid((9, 9, 9), affine_of("RAS", (1.0, 1.0, 3.0)))
+    plane = Grid((9, 9, 1), affine_of("RAS", (1.0, 1.0, 50.0)))
+    assert median_spacing([volume, plane, plane]) == (1.0, 1.0, 3.0)
+    assert median_spacing([plane]) == (1.0, 1.0, 50.0)
 
 
 def test_median_spacing_counts_along_the_worlds_axes() -> None:

@@ -121,6 +121,16 @@ def test_the_sheet_gives_the_labels_and_probabilities_of_prediction(variant: str
     np.testing.assert_allclose(shares.numpy(), told, atol=1e-3)
 
 
+@pytest.mark.parametrize("thickness", [0.1, 20.0])
+def test_a_single_slice_is_resampled_as_prediction_resamples_it(thickness: float) -> None:
+    model = model_of(interpolation="cubic", network={"spatial_dims": 2, "channels": [4, 8]},
+                     patch_size=[8, 8])  # fmt: skip
+    values = np.random.default_rng(0).standard_normal((26, 23, 1, 2)).astype(np.float32)
+    scan = Volume(values, Grid((26, 23, 1), affine_of("RAS", (0.7, 0.8, thickness))))
+    logits, predictor = logits_of(model, scan)
+    assert (logits.argmax(dim=0).numpy() == predictor(scan).labels.data).mean() >= 0.999
+
+
 @settings(max_examples=8)
 @given(
     st.tuples(*[st.floats(0.5, 3.0)] * 3), st.sampled_from(["linear", "cubic"]), st.integers(0, 99)
@@ -151,7 +161,8 @@ def test_both_files_agree_in_their_common_entries() -> None:
         assert whole_volume.starts_of_windows(size, patch, overlap, multiple) == own
     assert torch.equal(whole_volume.window_profile(13), windows.window_weight(13))
     for spacings in (((1.0, 1.0, 3.1), EVEN), (EVEN, (4.0, 1.0, 1.0)), ((4.0, 1.0, 4.0), EVEN)):
-        assert slice_axis(*spacings) == own_separate_axis(*spacings)
+        for axes in ((0, 1, 2), (0, 1), (2,), ()):
+            assert slice_axis(*spacings, axes) == own_separate_axis(*spacings, axes)
 
 
 def test_regions_and_components_are_those_of_prediction() -> None:

@@ -390,6 +390,12 @@ def test_the_inputs_placement_is_the_identity_and_dilation_is_1_by_default() -> 
     assert given_dilation == Placement((2.0, 2.0, 2.0), (0.0, 0.5, 0.0))
 
 
+def test_axes_of_one_voxel_are_not_compared_for_separate_slices() -> None:
+    assert separate_axis((1.0, 1.8, 0.1), (1.0, 1.5, 0.1), (0, 1)) is None
+    assert separate_axis((1.0, 4.0, 0.1), (1.0, 1.0, 20.0), (0, 1)) == 1
+    assert separate_axis((1.0, 4.0, 0.1), (1.0, 1.0, 20.0), ()) is None
+
+
 def test_slices_are_resampled_separately_if_only_one_axis_is_coarse() -> None:
     fine = (1.0, 1.0, 1.0)
     assert separate_axis((1.0, 1.0, 3.1), fine) == 2

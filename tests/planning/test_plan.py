@@ -1,10 +1,12 @@
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from numpy.testing import assert_allclose
@@ -20,7 +22,13 @@ from segkit.planning.nnunet_rules import (
     multiply_adds,
     widths,
 )
-from segkit.planning.plan import Plan, coarse_plan_for_time, plan_for_memory, plan_for_time
+from segkit.planning.plan import (
+    Plan,
+    coarse_plan_for_time,
+    flat_axis,
+    plan_for_memory,
+    plan_for_time,
+)
 
 Triple = tuple[float, float, float]
 HOUNSFIELD = Intensities(
@@ -214,6 +222,62 @@ def test_the_spacing_along_an_axis_of_one_voxel_is_not_compared() -> None:
     picture = alike((512, 512, 1), (4e-6, 4e-6, 1.0), 24)
     told = plan_for_memory(picture, spatial_dims=2).reasons["separate_z"]
     assert told.startswith("The coarsest spacing is 1 times the finest in the median case, and 1 ")
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_plan_of_slices_is_the_same_for_any_thickness(axis: int) -> None:
+    def planned(thicknesses: Sequence[float]) -> Plan:
+        spacings = [tuple(np.insert([1.0, 1.5], axis, each).tolist()) for each in thicknesses]
+        slices = alike(shape, (1.0, 1.0, 1.0), 4)
+        return plan_for_memory(replace(slices, spacings=tuple(spacings)), spatial_dims=2)
+
+    x, y, z = np.insert([40, 36], axis, 1).tolist()
+    shape = (x, y, z)
+    plan = planned([2.5, 5.0, 10.0, 20.0])
+    assert plan.spacing == tuple(np.insert([1.0, 1.5], axis, 7.5).tolist())
+    for thicknesses in ([0.1] * 4, [100.0] * 4):
+        other = planned(thicknesses)
+        assert not other.separate_z and other.patch_size == plan.patch_size
+        assert np.delete(other.spacing, axis).tolist() == [1.0, 1.5]
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_slices_in_different_planes_are_refused(spatial_dims: int) -> None:
+    # Oblique slices, of which some headers are nearer to z and others to y; and one volume.
+    shapes = ((40, 36, 1),) * 3 + ((40, 1, 36),) * 2 + ((40, 36, 30),)
+    slices = replace(alike((40, 36, 1), (1.4, 1.4, 8.0), 6), shapes=shapes)
+    told = "found one voxel in 2 cases along y, 3 cases along z .*; rewrite the headers"
+    with pytest.raises(DatasetError, match=told):
+        plan_for_memory(slices, spatial_dims=spatial_dims)
+    with pytest.raises(DatasetError, match=told):
+        flat_axis(slices)
+
+
+def test_a_median_image_of_one_voxel_along_an_axis_is_planned_in_slices() -> None:
+    mostly = replace(
+        alike((40, 40, 1), (1.0, 1.0, 1.0), 5), shapes=((40, 40, 1),) * 4 + ((40, 40, 2),)
+    )
+    assert flat_axis(mostly) == 2
+    plan = plan_for_memory(mostly, spatial_dims=2)
+    assert plan.slices == "axial" and plan.patch_size == (40, 40)
+    assert plan.reasons["slices"] == "Slices, because there is a median of 1 voxel along z."
+    with pytest.raises(DatasetError, match="found a median of 1 voxel along z; plan for 2"):
+        plan_for_memory(mostly, spatial_dims=3)
+    assert flat_axis(alike((40, 40, 2), (1.0, 1.0, 1.0), 5)) is None
+
+
+def test_volumes_of_zeros_but_for_one_slice_are_told_as_such() -> None:
+    empty = replace(alike((30, 28, 1), (1.0, 1.0, 1.0), 4), box_shares=(0.2,) * 4)
+    told = "one voxel along z in every case, not counting zeros around the body"
+    assert told in plan_for_memory(empty, spatial_dims=2).reasons["slices"]
+    with pytest.raises(DatasetError, match=told):
+        plan_for_memory(empty, spatial_dims=3)
+
+
+def test_no_stage_is_so_coarse_that_a_patch_has_one_voxel_along_an_axis() -> None:
+    plan = plan_for_memory(alike((4000, 3, 3), (1.0, 1.0, 1.0), 20), spatial_dims=3)
+    assert plan.low_resolution is None and min(plan.patch_size) > 1
+    assert "a coarser grid would have one voxel along y" in plan.reasons["low_resolution"]
 
 
 def test_lines_are_refused() -> None:

@@ -231,6 +231,21 @@ def test_single_slices_are_trained_in_their_own_plane_only(
             checked(2, other)
 
 
+def test_single_slices_in_different_planes_are_refused(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=2)
+    for path, axis in zip(sorted(folder.glob("*Tr/*.nii.gz")), (1, 2, 1, 2), strict=True):
+        volume = read_volume(path)
+        values = np.ascontiguousarray(np.take(volume.data, [8], axis))
+        write_volume(path, Volume(values, Grid(values.shape, volume.grid.affine)))
+    dataset = read_dataset(folder)
+    for dims in (2, 3):
+        config = small_config(
+            folder, data={"patch_size": [16] * dims}, network={"spatial_dims": dims}
+        )
+        with pytest.raises(ConfigError, match="1 case along y, 1 case along z"):
+            check_plane(config, dataset, dataset.cases)
+
+
 def test_volumes_among_slices_may_be_trained_in_any_way(tmp_path: Path) -> None:
     folder = small_dataset(tmp_path / "data", num_cases=2)
     dataset = read_dataset(folder)
