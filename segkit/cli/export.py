@@ -12,6 +12,11 @@ from segkit.errors import SegkitError
 
 MOST_SCANS = 8
 """Most scans of a folder that int8 measures the range of features on: the first by name."""
+ADVICE = {
+    "int8": "measure ranges on more scans, or export float16",
+    "float16": "export float32",
+}
+"""What to do if the labels of a precision differ too much."""
 
 
 def export_command(
@@ -95,9 +100,7 @@ def export_command(
         say_json(exported.content())
     if not exported.holds and exported.reduced is not None:
         raise SegkitError(
-            f"{out}: only {exported.reduced.same_labels:.4%} of the voxels have the same label in "
-            f"{precision} as in float32, which is too few; measure ranges on more scans, or export "
-            "float16"
+            f"{out}: {'; '.join(exported.reduced.faults())}; {ADVICE[exported.reduced.precision]}"
         )
     if not exported.holds:
         raise SegkitError(

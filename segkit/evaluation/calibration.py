@@ -110,7 +110,10 @@ class Calibration:
     outputs: dict[str, Reliability] = field(default_factory=dict)
     """Reliability of each output except the background, at voxels in question."""
     log_loss: float = 0.0
-    """Sum over all voxels of -log p of the true class."""
+    """Sum over all voxels of completely labelled cases of -log p of the true class; for regions, of
+    the mean over regions of -log p of the truth, inside or outside."""
+    voxels: int = 0
+    """Number of voxels in this sum."""
     entropy_of_cases: dict[str, float] = field(default_factory=dict)
     """Mean entropy of each case over its voxels in question, from 0 to 1; NaN if it has none."""
 
@@ -176,6 +179,7 @@ class Calibration:
         within: Bool[ndarray, "voxels outputs"],
         asked: Bool[ndarray, " voxels"],
     ) -> None:
+        self.voxels += len(found)
         if self.are_regions:
             true = np.where(within, found, 1 - found)
             self.log_loss -= float(np.log(np.maximum(true, SMALLEST)).mean(1).sum())
@@ -204,16 +208,18 @@ class Calibration:
             return nan
         return float(spearmanr(entropies, errors).statistic)
 
+    @property
+    def mean_log_loss(self) -> float:
+        """The mean of the log loss over all voxels of completely labelled cases; NaN if none is."""
+        return self.log_loss / self.voxels if self.voxels else nan
+
     def to_json(self, dice_of_cases: Mapping[str, float]) -> dict[str, Any]:
         """All figures as plain dicts; NaN becomes None."""
-        voxels = self.largest.voxels
-        mean = self.log_loss / voxels if voxels else nan
-        whole: dict[str, Any] = {
-            "all_voxels": {**self.largest.to_json(), "log_loss": mean},
-            "in_question": self.in_question.to_json(),
-        }
-        content = {
-            **({} if self.are_regions else whole),
+        largest = {} if self.are_regions else self.largest.to_json()
+        in_question = {} if self.are_regions else {"in_question": self.in_question.to_json()}
+        content: dict[str, Any] = {
+            "all_voxels": {"voxels": self.voxels, **largest, "log_loss": self.mean_log_loss},
+            **in_question,
             "outputs": {name: each.to_json() for name, each in self.outputs.items()},
             "entropy_of_cases": self.entropy_of_cases,
             "spearman_of_entropy_and_error": self.correlation(dice_of_cases),
@@ -237,30 +243,40 @@ def _entropy(
 
 def to_calibration_table(calibration: Calibration) -> Table:
     """The figures as a table for the terminal."""
+    in_question = (
+        f"some region has at least {IN_QUESTION:.0%}"
+        if calibration.are_regions
+        else f"the background has at most {1 - IN_QUESTION:.0%}"
+    )
     table = Table(
         box=HORIZONTALS,
         pad_edge=False,
         title="probabilities",
         caption=(
             "ECE: mean difference between probability and share of correct voxels. Brier: mean "
-            "squared error. In question: voxels at which the background has at most "
-            f"{1 - IN_QUESTION:.0%}."
+            f"squared error. In question: voxels at which {in_question}."
         ),
     )
     table.add_column("class", overflow="fold")
-    for heading in ("voxels", "ECE", "Brier"):
+    for heading in ("voxels", "ECE", "Brier", "log loss"):
         table.add_column(heading, justify="right", no_wrap=True)
-    rows = {f"{name}, in question": each for name, each in calibration.outputs.items()}
-    if not calibration.are_regions:
-        rows = {
-            "largest, all voxels": calibration.largest,
-            "largest, in question": calibration.in_question,
-            **rows,
-        }
-    for name, each in rows.items():
-        figures = ("-" if isnan(value) else f"{value:.4f}" for value in (each.ece, each.brier))
-        table.add_row(Text(name), f"{each.voxels:,}", *figures)
+    largest, log_loss = calibration.largest, calibration.mean_log_loss
+    if calibration.are_regions:
+        rows = [("all regions, all voxels", calibration.voxels, nan, nan, log_loss)]
+    else:
+        rows = [
+            ("largest, all voxels", largest.voxels, largest.ece, largest.brier, log_loss),
+            _row("largest, in question", calibration.in_question),
+        ]
+    rows += [_row(f"{name}, in question", each) for name, each in calibration.outputs.items()]
+    for name, voxels, *figures in rows:
+        told = ("-" if isnan(value) else f"{value:.4f}" for value in figures)
+        table.add_row(Text(name), f"{voxels:,}", *told)
     return table
+
+
+def _row(name: str, figures: Reliability) -> tuple[str, int, float, float, float]:
+    return name, figures.voxels, figures.ece, figures.brier, nan
 
 
 def reliability_diagram(calibration: Calibration) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isnan
+from math import isclose, isnan
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from scipy.stats import permutation_test
 from segkit.errors import ConfigError, DatasetError, counted, first_few
 from segkit.evaluation.score_table import metric_in
 from segkit.evaluation.scores import ENDING_OF, METRICS, score_name
-from segkit.evaluation.scores_of_cases import ScoresOfCases, scores_of_cases
+from segkit.evaluation.scores_of_cases import CaseTable, ScoresOfCases, scores_of_cases
 from segkit.io.atomic import without_nan
 from segkit.io.picture_rules import MM_OF, Unit
 from segkit.io.tables import read_csv
@@ -123,18 +123,22 @@ def compare(
 
     Raises:
         ConfigError: if a file has no scores, no case is in both, the classes differ, a metric is
-            unknown or has no scores, a case has no stratum, or a length is compared and only one
-            of the two has lengths in pixels.
+            unknown or has no scores, a case has no stratum, a length is compared and only one of
+            the two has lengths in pixels, or nsd is compared and the tolerances of a case differ;
+            or if there is no metric or no resample, or the seed is negative.
 
     Example:
         comparison = segkit.compare("scores_of_a.json", "scores_of_b.json", metrics=["dice", "nsd"])
         comparison.differences[-1].difference
     """
+    _check_settings(metrics, num_resamples, seed)
     metrics = [_in_mm(metric) for metric in metrics]
     for metric in metrics:
         if metric not in METRICS:
             raise ConfigError(f"unknown metric {metric!r}; choose from {', '.join(METRICS)}")
-    (first, unit), (second, other_unit) = scores_of_cases(Path(a)), scores_of_cases(Path(b))
+    table_of_a, table_of_b = scores_of_cases(Path(a)), scores_of_cases(Path(b))
+    first, unit = table_of_a.scores, table_of_a.unit
+    second, other_unit = table_of_b.scores, table_of_b.unit
     lengths = [metric for metric in metrics if score_name(metric, "pixel") != metric]
     if lengths and (unit == "pixel") != (other_unit == "pixel"):
         raise ConfigError(
@@ -147,6 +151,8 @@ def compare(
             f"{a} and {b} have no case in common: A has {first_few(sorted(first), 3)}, B has "
             f"{first_few(sorted(second), 3)}; evaluate both on the same cases"
         )
+    if "nsd" in metrics:
+        _check_tolerances(names, table_of_a, table_of_b, a, b)
     groups = _groups(names, strata)
     classes = _classes(first, second, names, a, b)
     differences = []
@@ -182,6 +188,37 @@ def compare(
         seed=seed,
         unit=unit,
     )
+
+
+def _check_settings(metrics: Sequence[str], num_resamples: int, seed: int) -> None:
+    if not metrics:
+        raise ConfigError(f"expected a metric, found none; choose from {', '.join(METRICS)}")
+    if num_resamples < 1:
+        raise ConfigError(f"num_resamples: expected at least 1, found {num_resamples}; raise it")
+    if seed < 0:
+        raise ConfigError(f"seed: expected 0 or a larger number, found {seed}; choose another")
+
+
+def _check_tolerances(
+    names: Sequence[str], first: CaseTable, second: CaseTable, a: str | Path, b: str | Path
+) -> None:
+    """Raise ConfigError if the NSD of a case was computed with different tolerances."""
+    for name in names:
+        one, other = first.tolerances.get(name), second.tolerances.get(name)
+        if one is not None and other is not None and not _same_length(one, other, first, second):
+            shown = [
+                f"{length / MM_OF[each.unit]:g} {each.unit}"
+                for length, each in ((one, first), (other, second))
+            ]
+            raise ConfigError(
+                f"{name}: {a} has the NSD within {shown[0]}, {b} within {shown[1]}; evaluate both "
+                "with the same --tolerance, or leave out nsd"
+            )
+
+
+def _same_length(one: float, other: float, first: CaseTable, second: CaseTable) -> bool:
+    in_pixels = [each.unit == "pixel" for each in (first, second)]
+    return in_pixels[0] == in_pixels[1] and isclose(one, other, rel_tol=1e-6)
 
 
 def _in_mm(metric: str) -> str:

@@ -1,6 +1,7 @@
 """Scores of each case, read from the file of an evaluation, a run or a cross-validation."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,8 +15,19 @@ ScoresOfCases: TypeAlias = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Scores by case, then class, then metric; NaN if a score is undefined."""
 
 
-def scores_of_cases(path: Path) -> tuple[ScoresOfCases, Unit]:
-    """Scores of each case, with lengths in mm or pixels, and the unit of lengths in the file.
+@dataclass(frozen=True)
+class CaseTable:
+    """Scores of the cases of a file, with lengths in mm or pixels."""
+
+    scores: ScoresOfCases
+    unit: Unit = "mm"
+    """The unit of lengths in the file."""
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+    """Tolerance of the NSD of each case, in mm or pixels, if the file has it."""
+
+
+def scores_of_cases(path: Path) -> CaseTable:
+    """Scores of each case of a file.
 
     Args:
         path: a file from `segkit evaluate --out`, or the folder of a run or cross-validation.
@@ -30,6 +42,7 @@ def scores_of_cases(path: Path) -> tuple[ScoresOfCases, Unit]:
             f"finished run or cross-validation"
         )
     unit: Unit = "mm"
+    tolerances: dict[str, float] = {}
     try:
         content = read_json_object(source)
         if "cases" in content:
@@ -44,6 +57,9 @@ def scores_of_cases(path: Path) -> tuple[ScoresOfCases, Unit]:
                     if (name := score_name(key, unit)) in row
                 }
                 found.setdefault(str(row["case"]), {})[str(row["name"])] = scores
+                for each in ENDING_OF:
+                    if (tolerance := score_name("tolerance_mm", each)) in row:
+                        tolerances[str(row["case"])] = _number(row[tolerance]) * MM_OF[each]
         else:
             found = {
                 case: {name: {"dice": _number(value)} for name, value in dice.items()}
@@ -60,7 +76,7 @@ def scores_of_cases(path: Path) -> tuple[ScoresOfCases, Unit]:
             f"{source}: contains no scores of cases; give a file from segkit evaluate --out, or "
             f"the folder of a run with held-out cases"
         )
-    return found, unit
+    return CaseTable(found, unit, tolerances)
 
 
 def _number(value: Any) -> float:

@@ -124,8 +124,9 @@ def export_model(
 
     Raises:
         ModelError: the form cannot hold the network, has no such precision or takes no windows of
-            any size; `out` has another suffix; `scan` or `calibration` is missing, or given for
-            float32; or a package that the form needs is not installed.
+            any size; `out` has another suffix; `scan` or `calibration` is missing; `scan`,
+            `reference` or `calibration` is given but would not be used; a runtime cannot run the
+            export; or a package that the form needs is not installed.
         VolumeError: `out` exists already.
     """
     out = Path(out)
@@ -135,12 +136,21 @@ def export_model(
             f"{out.name!r}; choose another --out"
         )
     written = (out, out.with_suffix(".bin")) if form == "openvino" else (out,)
-    if precision != "float32":
-        _check_precision(form, precision, check, scan)
-    elif calibration or reference is not None:
+    _check_precision(form, precision, check, scan)
+    if calibration and precision != "int8":
         raise ModelError(
-            "calibration and reference are only for float16 and int8, found float32; choose one "
-            "of these precisions, or leave both out"
+            f"calibration is only for int8, found {precision}; choose int8, or leave it out"
+        )
+    if reference is not None and precision == "float32":
+        raise ModelError(
+            "a reference is only for float16 and int8, found float32; choose one of these "
+            "precisions, or leave it out"
+        )
+    if not check and (scan is not None or reference is not None):
+        given = "scan" if scan is not None else "reference"
+        raise ModelError(
+            f"a {given} is only for the check, which is not asked for; check the export on a scan "
+            f"(check=True and scan=, or --scan), or leave the {given} out"
         )
     if any_size and form != "onnx":
         raise ModelError(
@@ -179,7 +189,9 @@ def export_model(
 def _check_precision(
     form: Form, precision: ExportPrecision, check: bool, scan: Volume | None
 ) -> None:
-    """Raise ModelError if a form has no such precision, or a check has no scan."""
+    """Raise ModelError if a form has no such precision, or a check of one has no scan."""
+    if precision == "float32":
+        return
     if form not in ("onnx", "openvino"):
         raise ModelError(f"{form} can only be written in float32, found {precision}; export onnx")
     if form == "openvino" and precision == "int8":

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
@@ -34,6 +35,11 @@ from segkit.system.only_errors import only_errors
 ExportPrecision = Literal["float32", "float16", "int8"]
 LEAST_SAME: dict[ExportPrecision, float] = {"float16": 0.999, "int8": 0.98}
 """The least share of voxels that must have the label of float32."""
+LEAST_DICE: dict[ExportPrecision, float] = {"float16": 0.99, "int8": 0.9}
+"""The least Dice between both predictions of each class or region."""
+MOST_APART = 10
+"""A class or region may differ in so many voxels, whatever its Dice: Dice of a tiny structure falls
+by a voxel or two."""
 MOST_WINDOWS = 24
 """Largest number of windows on which ranges of features are measured."""
 
@@ -51,11 +57,29 @@ class ReducedCheck:
     """Seconds of a prediction in float32 and in this precision, with the same runtime."""
     dice: Mapping[str, tuple[float, float]]
     """With a reference, Dice of each class or region in float32 and in this precision."""
+    voxels_apart: Mapping[str, int]
+    """Number of voxels in which each class or region differs between both predictions."""
 
     @property
     def holds(self) -> bool:
-        """Whether enough labels are those of float32."""
-        return self.same_labels >= LEAST_SAME[self.precision]
+        """Whether enough labels are those of float32, over the scan and for each structure."""
+        return not self.faults()
+
+    def faults(self) -> list[str]:
+        """The reasons for which the check fails, in words; empty if it holds."""
+        faults = []
+        if self.same_labels < LEAST_SAME[self.precision]:
+            faults.append(
+                f"only {self.same_labels:.4%} of the voxels have the same label in "
+                f"{self.precision} as in float32 (expected {LEAST_SAME[self.precision]:.1%})"
+            )
+        least = LEAST_DICE[self.precision]
+        faults += [
+            f"the Dice of {name} between both is {dice:.4f} (expected {least})"
+            for name, dice in self.dice_between.items()
+            if dice < least and self.voxels_apart[name] > MOST_APART
+        ]
+        return faults
 
     def lines(self) -> list[str]:
         """The same in words."""
@@ -74,18 +98,40 @@ class ReducedCheck:
 
 
 class GraphEngine:
-    """An engine for `Predictor` that runs an exported graph."""
+    """An engine for `Predictor` that runs an exported graph.
 
-    def __init__(self, run: RunGraph) -> None:
+    Args:
+        run: function that runs the graph.
+        window: size of the graph's windows. Smaller windows are padded with zeros at their end, as
+            windows of a 2D network are on a scan of few slices.
+
+    Raises:
+        ModelError: the runtime cannot run the graph.
+    """
+
+    def __init__(self, run: RunGraph, window: Sequence[int]) -> None:
         self.run = run
+        self.window = window
 
     def __call__(
         self, windows: Float[Tensor, "batch channel x y z"], keys: Collection[str]
     ) -> dict[str, Tensor]:
-        """Logits of windows, and outputs of these names."""
+        """Logits of windows, and outputs of these names that have no spatial axes."""
         names = (LOGITS, *sorted(keys))
-        found = self.run(windows.cpu().contiguous(), names)
-        return {name: output.clone() for name, output in zip(names, found, strict=True)}
+        size = windows.shape[2:]
+        missing = [whole - own for whole, own in zip(self.window, size, strict=True)]
+        padded = F.pad(windows.cpu(), [each for more in reversed(missing) for each in (0, more)])
+        try:
+            found = self.run(padded.contiguous(), names)
+        except Exception as error:  # the errors of runtimes have no common base class
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(
+                f"the exported network cannot be run: {reason}; do not use the file, and export "
+                "float32 or another form"
+            ) from error
+        outputs = {name: output.clone() for name, output in zip(names, found, strict=True)}
+        outputs[LOGITS] = outputs[LOGITS][(..., *(slice(length) for length in size))]
+        return outputs
 
 
 def check_reduced(
@@ -105,13 +151,18 @@ def check_reduced(
         precision: precision of the second graph.
         scan: a real scan.
         reference: labels of the scan, as files hold them.
+
+    Raises:
+        ModelError: the runtime cannot run a graph.
+        VolumeError: the scan does not fit the model, or the reference does not fit the scan.
     """
-    labelling = model.description.labelling
+    labelling, window = model.description.labelling, layout_of(model).patch_size
     found, seconds = [], []
     for run in (whole, reduced):
         predictor = Predictor(model, device="cpu", engine="torch")
-        predictor.members[0].engine = GraphEngine(run)
-        run(torch.zeros(1, model.description.channels_in, *layout_of(model).patch_size), (LOGITS,))
+        engine = GraphEngine(run, window)
+        predictor.members[0].engine = engine
+        engine(torch.zeros(1, model.description.channels_in, *window), ())
         started = time.perf_counter()
         found.append(within(predictor(scan).labels.data, labelling))
         seconds.append(time.perf_counter() - started)
@@ -131,6 +182,10 @@ def check_reduced(
         dice(found[1], found[0]),
         (seconds[0], seconds[1]),
         scores,
+        {
+            name: int((np.isin(found[0], group) != np.isin(found[1], group)).sum())
+            for name, group in labelling.members.items()
+        },
     )
 
 

@@ -147,7 +147,8 @@ def load_model(
         network: the module with which the model was trained, if it came from Python. The weights
             are loaded into it.
         checkpoint: `best` or `last`: take the weights from this checkpoint of a run, which may
-            still be training. If not given, take the weights at the end of the run.
+            still be training. If not given, take the weights at the end of the run. The
+            temperature of a run belongs to these, so a checkpoint has none.
 
     Returns:
         The model, with the models of its first stage, if it has one.
@@ -186,7 +187,8 @@ def load_model(
             f"{source}: does not fit {folder / DESCRIPTION}: {reason}; restore the files of the run"
         ) from None
     built.cpu().eval()
-    return Model(description, built, tuple(first))
+    # The temperature was fitted for the weights at the end of the run.
+    return Model(description.model_copy(update={"temperature": None}), built, tuple(first))
 
 
 def check_first_stage(source: Path, first: ModelDescription, classes: Sequence[str]) -> None:

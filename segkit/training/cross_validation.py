@@ -35,7 +35,7 @@ from segkit.training.changed_settings import changes, in_a_sentence
 from segkit.training.fit import train
 from segkit.training.fold_settings import check_new_settings, is_done, tell_differences
 from segkit.training.folds import folds_of
-from segkit.training.kept_split import case_names, read_split
+from segkit.training.kept_split import case_names, has_given_folds, read_split
 from segkit.training.parts import refuse_replaced
 from segkit.training.pooled_scores import pool_folds
 from segkit.training.resolve import with_absolute_paths
@@ -315,15 +315,16 @@ def _record_of(folder: Path) -> Record:
 def _as_begun(folder: Path, record: Record) -> Dataset | None:
     """The dataset from which the first folds were drawn; None if no fold has started.
 
-    Cases that were added later are left out, so that no case is held out twice.
+    If folds are drawn, cases that were added later are left out, so that no case is held out twice.
+    Folds that were given name their cases themselves.
 
     Raises:
         ConfigError: a case is gone; the folds would differ without it.
     """
-    begun = [names for path in folder.glob(f"{FOLD}*/{SPLIT}") if (names := read_split(path))]
+    begun = {path: names for path in folder.glob(f"{FOLD}*/{SPLIT}") if (names := read_split(path))}
     if not begun:
         return None
-    known = {*begun[0]["train"], *begun[0]["held_out"]}
+    known = {name for names in begun.values() for part in names.values() for name in part}
     dataset = dataset_of(record.config.data)
     here = {case.name for case in dataset.cases}
     if gone := sorted(known - here):
@@ -331,6 +332,8 @@ def _as_begun(folder: Path, record: Record) -> Dataset | None:
             f"{folder}: its folds contain {case_names(gone)}, but {dataset.folder} no longer does; "
             "put the cases back, or start a new cross-validation"
         )
+    if has_given_folds(next(iter(begun)), record.config.data):
+        return dataset
     if here - known:
         logger.warning(
             "%s: new cases are left out, because the folds were drawn without them: %s",

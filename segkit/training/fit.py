@@ -31,7 +31,7 @@ from segkit.system.libraries import training_environment
 from segkit.system.progress import Track, untracked
 from segkit.training.cascade import first_stage_of
 from segkit.training.final_scores import scored_model, scores_of_run
-from segkit.training.kept_split import names_of
+from segkit.training.kept_split import split_content
 from segkit.training.lightning_private import is_first_process
 from segkit.training.make_module import deadline_callbacks, make_budget, make_data, make_module
 from segkit.training.module import SegmentationModule
@@ -172,7 +172,7 @@ def fit_with_files(
             held.enter_context(locked_run(folder))
             for name, text in files.items():
                 write_text(folder / name, text)
-            write_json(folder / SPLIT, names_of(parts))
+            write_json(folder / SPLIT, split_content(parts))
             write_json(folder / BEGUN, {"config": config.model_dump(mode="json")})
             write_text(folder / CONFIG, dump_yaml(config))
         try:

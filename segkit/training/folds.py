@@ -62,14 +62,13 @@ def folds_of(dataset: Dataset, data: SplitDatasetConfig) -> Folds:
     """
     names = [case.name for case in dataset.cases]
     beside = data.folder / SPLITS_FILE
-    drawn_here = data.group_by is not None or data.stratify_by is not None
     if isinstance(data.splits, ColumnConfig):
         folds = _of_column(dataset, data, data.splits.column)
     elif isinstance(data.splits, list):
         folds = _checked(dataset, data.splits, "data.splits")
     elif data.splits is not None:
         folds = _checked(dataset, _read(data.folder / data.splits), str(data.folder / data.splits))
-    elif beside.is_file() and not drawn_here:
+    elif are_given(data):
         folds = _checked(dataset, _read(beside), str(beside))
     else:
         return drawn(dataset, data)
@@ -90,6 +89,15 @@ def folds_of(dataset: Dataset, data: SplitDatasetConfig) -> Folds:
     if never := sorted(set(names) - counts.keys()):
         logger.info("%s: no fold holds out %s", folds.source, first_few(never, NAMES_SHOWN))
     return folds
+
+
+def are_given(data: SplitDatasetConfig) -> bool:
+    """Whether folds come from a file, a column or a list, instead of being drawn.
+
+    Given folds may have different cases, and may hold out the same case.
+    """
+    drawn_here = data.group_by is not None or data.stratify_by is not None
+    return data.splits is not None or ((data.folder / SPLITS_FILE).is_file() and not drawn_here)
 
 
 def drawn(dataset: Dataset, data: SplitDatasetConfig) -> Folds:

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from segkit.config.data import SplitDatasetConfig
 from segkit.data.dataset import CaseFiles, Dataset
 from segkit.errors import ConfigError, DatasetError
 from segkit.io.safe_text import read_json_object
+from segkit.training.folds import are_given
 from segkit.training.parts import TrainingParts
 from segkit.training.split import Split
 
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 MOST_CASES_TOLD = 5
 """A sentence names at most so many cases and counts the others."""
+GIVEN = "folds_given"
+"""Key in split.json: whether folds come from a file, a column or a list."""
 SplitNames = Mapping[str, Sequence[str]]
 """Names of cases, under the keys `train` and `held_out`."""
 
@@ -27,6 +31,20 @@ SplitNames = Mapping[str, Sequence[str]]
 def names_of(parts: TrainingParts) -> dict[str, list[str]]:
     """The names of the cases in each part of a training's split."""
     return {part: [case.name for case in cases] for part, cases in parts.split._asdict().items()}
+
+
+def split_content(parts: TrainingParts) -> dict[str, Any]:
+    """The content of split.json: the names of the cases, and whether the folds were given."""
+    return {**names_of(parts), GIVEN: are_given(parts.config.data)}
+
+
+def has_given_folds(path: Path, data: SplitDatasetConfig) -> bool:
+    """Whether the folds of a run were given in a file, a column or a list, by its split.json.
+
+    Runs of earlier versions do not tell; for these the setting `data.splits` decides.
+    """
+    given = read_json_object(path).get(GIVEN)
+    return given if isinstance(given, bool) else data.splits is not None
 
 
 def read_split(path: Path) -> SplitNames | None:

@@ -16,7 +16,7 @@ from segkit.training.cross_validation import (
     write_pooled,
 )
 from segkit.training.fold_settings import check_alike
-from segkit.training.kept_split import SplitNames, case_names, read_split
+from segkit.training.kept_split import SplitNames, case_names, has_given_folds, read_split
 
 
 def pool(folders: Sequence[str | Path], out: str | Path) -> CrossValidation:
@@ -95,7 +95,10 @@ def _runs_of(folders: Sequence[Path]) -> dict[int, Path]:
 
 
 def _check_splits(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> None:
-    """Raise ConfigError unless all folds were drawn from the same cases, and held out others."""
+    """Raise ConfigError unless all folds were drawn from the same cases, and held out others.
+
+    Folds that were given in a file, a column or a list may have other cases, or the same held out.
+    """
     splits: dict[int, SplitNames] = {}
     for fold, run in runs.items():
         names = read_split(run / SPLIT)
@@ -104,19 +107,26 @@ def _check_splits(runs: Mapping[int, Path], configs: Mapping[int, Config]) -> No
         splits[fold] = names
     first, *others = splits
     known = {*splits[first]["train"], *splits[first]["held_out"]}
-    given = configs[first].data.splits is not None
+    given = {fold: has_given_folds(run / SPLIT, configs[fold].data) for fold, run in runs.items()}
+    for fold in others:
+        if given[fold] != given[first]:
+            one, other = sorted((first, fold), key=lambda each: given[each])
+            raise ConfigError(
+                f"{runs[one]}: its folds were drawn, but those of {runs[other]} were given in a "
+                "file, a column or a list; give folds of the same cross-validation"
+            )
+    if given[first]:
+        return
     seen = {name: first for name in splits[first]["held_out"]}
     for fold in others:
         cases = {*splits[fold]["train"], *splits[fold]["held_out"]}
         if apart := sorted(known ^ cases):
-            if given:  # in a file of folds, some folds may lack cases
-                continue
             raise ConfigError(
                 f"{runs[fold]}: expected the same cases as in {runs[first]}, but "
                 f"{case_names(apart)} is in only one of them; train both on the same dataset"
             )
         for name in splits[fold]["held_out"]:
-            if name in seen and not given:
+            if name in seen:
                 raise ConfigError(
                     f"{name} is held out by both {runs[seen[name]]} and {runs[fold]}; give folds "
                     "of the same cross-validation"

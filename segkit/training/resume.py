@@ -38,8 +38,8 @@ from segkit.training.kept_split import (
     SplitNames,
     check_not_moved,
     kept_split,
-    names_of,
     read_split,
+    split_content,
     with_kept_split,
 )
 from segkit.training.lightning_private import is_first_process
@@ -169,7 +169,7 @@ def resume(
         )
         if is_first_process():
             if drawn_again:
-                write_json(folder / SPLIT, names_of(parts))
+                write_json(folder / SPLIT, split_content(parts))
                 write_json(folder / BEGUN, {"config": now})
             write_text(folder / CONFIG, dump_yaml(config))
             (folder / SUMMARY).unlink(missing_ok=True)

@@ -5,9 +5,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.text import Text
 from scipy.stats import entropy, spearmanr
 
-from segkit.evaluation.calibration import NUM_BINS, Calibration, Reliability, reliability_diagram
+from segkit.evaluation.calibration import (
+    NUM_BINS,
+    Calibration,
+    Reliability,
+    reliability_diagram,
+    to_calibration_table,
+)
 
 CLASSES = {"background": (0,), "liver": (1,), "tumour": (2,)}
 
@@ -104,7 +111,24 @@ def test_each_region_is_calibrated_separately() -> None:
     assert calibration.outputs["whole"].ece == pytest.approx(0.25)
     assert calibration.outputs["core"].ece == pytest.approx(0.25)
     assert calibration.outputs["core"].brier == pytest.approx((0.75**2 + 0.25**2) / 2)
-    assert "all_voxels" not in calibration.to_json({})
+    # The truth is inside both regions at the first voxel, and outside both at the others.
+    mean = -(np.log(0.75 * 0.25) + np.log(0.25 * 0.75) + 0) / 2 / 3
+    told = calibration.to_json({})["all_voxels"]
+    assert told == {"voxels": 3, "log_loss": pytest.approx(mean)}
+    table = to_calibration_table(calibration)
+    assert table.columns[0]._cells[0] == Text("all regions, all voxels")
+    assert table.columns[-1]._cells == [f"{mean:.4f}", "-", "-"]
+    assert "some region has at least 1%." in str(table.caption)
+
+
+def test_the_table_shows_the_log_loss_of_all_voxels() -> None:
+    calibration = classes()
+    calibration.add("a", np.full((2, 1, 1, 3), 1 / 3), np.array([0, 2]).reshape(2, 1, 1))
+    table = to_calibration_table(calibration)
+    assert [column.header for column in table.columns][-1] == "log loss"
+    assert table.columns[-1]._cells == [f"{np.log(3):.4f}", "-", "-", "-"]
+    assert calibration.to_json({})["all_voxels"]["log_loss"] == pytest.approx(np.log(3))
+    assert "the background has at most 99%." in str(table.caption)
 
 
 def test_entropy_and_error_are_correlated_as_by_scipy() -> None:

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,3 +204,49 @@ def test_pixels_are_not_compared_with_millimetres(
     assert compare(mm, pixels).differences[0].difference == 0.25
     code, out, _ = run("compare", pixels, pixels, "--metric", "hd95_px", capsys=capsys)
     assert code == 0 and "HD95 (pixels)" in out
+
+
+def with_tolerance(path: Path, tolerances: Mapping[str, float], name: str = "tolerance_mm") -> Path:
+    scores = {"label": 1, "name": "liver", "dice": 0.5, "nsd": 0.75}
+    far = name.replace("tolerance", "hd95")
+    rows = [{"case": case, **scores, far: 3, name: mine} for case, mine in tolerances.items()]
+    path.write_text(json.dumps({"cases": rows}))
+    return path
+
+
+def test_surface_dice_is_compared_only_within_the_same_tolerance(tmp_path: Path) -> None:
+    a = with_tolerance(tmp_path / "a.json", {"x": 1.0, "y": 2.0})
+    b = with_tolerance(tmp_path / "b.json", {"x": 1.0, "y": 3.0})
+    in_pixels = with_tolerance(tmp_path / "c.json", {"x": 1.0}, "tolerance_px")
+    same = with_tolerance(tmp_path / "d.json", {"x": 1.0, "y": 2.0, "z": 9.0})
+    with pytest.raises(
+        ConfigError, match=r"^y: .*a\.json has the NSD within 2 mm, .*b\.json within 3 mm; eval"
+    ):
+        compare(a, b, metrics=["dice", "nsd"])
+    with pytest.raises(ConfigError, match=r"^x: .* within 1 mm, .*c\.json within 1 pixel; eval"):
+        compare(a, in_pixels, metrics=["nsd"])
+    assert compare(a, b).differences[0].difference == 0
+    assert compare(a, same, metrics=["nsd"]).num_cases == 2
+
+
+def test_tolerances_of_other_units_are_the_same_length(tmp_path: Path) -> None:
+    a = with_tolerance(tmp_path / "a.json", {"x": 0.0005})
+    b = with_tolerance(tmp_path / "b.json", {"x": 0.5}, "tolerance_um")
+    assert compare(a, b, metrics=["nsd"]).differences[0].difference == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"metrics": []}, r"expected a metric, found none; choose from dice, iou"),
+        ({"num_resamples": 0}, r"num_resamples: expected at least 1, found 0; raise it"),
+        ({"num_resamples": -1}, r"num_resamples: expected at least 1, found -1; raise it"),
+        ({"seed": -1}, r"seed: expected 0 or a larger number, found -1; choose another"),
+    ],
+)
+def test_settings_of_a_comparison_out_of_range_are_refused(
+    settings: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    a = of_one_class(tmp_path / "a", [0.5, 0.5])
+    with pytest.raises(ConfigError, match=told):
+        compare(a, a, **settings)

@@ -60,6 +60,12 @@ def test_the_temperature_is_kept_with_the_model_and_said_in_the_summary(run: Run
     assert deployment(model)["temperature"] == told["value"]
 
 
+@pytest.mark.parametrize("checkpoint", ["best", "last"])
+def test_weights_of_a_checkpoint_have_no_temperature(run: Run, checkpoint: str) -> None:
+    assert load_model(run.folder).description.temperature is not None
+    assert Predictor.load(run.folder, checkpoint=checkpoint).temperature is None
+
+
 def test_prediction_is_at_the_models_temperature_and_its_labels_do_not_depend_on_it(
     data: Path, run: Run
 ) -> None:

@@ -128,6 +128,30 @@ def test_folds_that_do_not_belong_together_are_refused(
     assert not out.exists() and not list(tmp_path.glob(".partial*"))
 
 
+def test_given_folds_may_have_different_cases_and_are_pooled(tmp_path: Path) -> None:
+    data = small_dataset(tmp_path / "data", num_cases=5)
+    folds = [
+        {"train": ["case_1", "case_2"], "val": ["case_0"]},
+        {"train": ["case_2", "case_0", "case_4"], "val": ["case_1"]},
+        {"train": ["case_2"], "val": ["case_0", "case_3"]},
+    ]
+    (data / "splits_final.json").write_text(json.dumps(folds))
+    result = cross_validate(config_of(data), "all", runs=tmp_path / "both")
+    scored = ["case_0", "case_1", "case_3"]
+    assert sorted(result.summary["validation"]["dice_of_cases"]) == scored
+    split = json.loads((result.folder / "fold_1" / "split.json").read_text())
+    assert split == {**split, "train": ["case_0", "case_2", "case_4"], "folds_given": True}
+    # As on another machine, without the dataset.
+    shutil.rmtree(data)
+    runs = [result.folder / f"fold_{fold}" for fold in range(3)]
+    pooled = pool(runs, tmp_path / "all")
+    assert pooled.summary["validation"] == result.summary["validation"]
+    path = runs[2] / "split.json"
+    path.write_text(path.read_text().replace("true", "false"))
+    with pytest.raises(ConfigError, match=r"fold_2: its folds were drawn, but those of .*fold_0 w"):
+        pool(runs, tmp_path / "other")
+
+
 def test_settings_that_decide_what_a_fold_learns_are_the_same_in_all_folds(
     apart: tuple[Path, Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
