@@ -25,9 +25,9 @@ from rich.progress import track
 from segkit.config.load import validated
 from segkit.config.training import Config
 from segkit.data.dataset import read_dataset
+from segkit.data.split import split
 from segkit.io.atomic import write_json
 from segkit.training.fit import train
-from segkit.training.split import split
 
 WIDTHS = [8, 16, 32, 64]
 MATCHED = [8, 16, 33, 65]

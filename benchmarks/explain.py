@@ -22,6 +22,7 @@ from rich.console import Console
 
 from segkit.config.load import load_config
 from segkit.data.dataset import read_case, read_dataset
+from segkit.data.split import split_of
 from segkit.explain.explain_scan import explain_volume
 from segkit.explain.measures.measure_maps import Measure
 from segkit.explain.verdicts.evidence import CaseEvidence
@@ -29,7 +30,6 @@ from segkit.explain.verdicts.rule import GateVerdict, judge_evidence
 from segkit.inference.predictor import Predictor
 from segkit.model.file_names import CONFIG
 from segkit.system.progress import Tracker
-from segkit.training.split import split_of
 
 COLUMNS = (
     *(

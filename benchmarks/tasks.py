@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 
 from segkit.data.dataset import CaseFiles, Dataset, read_case, read_dataset
+from segkit.data.split import Split, split
 from segkit.evaluation.dice import dice_of
 from segkit.evaluation.overlap import mean_of_defined
 from segkit.inference.postprocess import class_means
@@ -39,7 +40,6 @@ from segkit.system.progress import Tracker
 from segkit.training.final_scores import score
 from segkit.training.fit import train
 from segkit.training.resume import resume
-from segkit.training.split import Split, split
 
 TABLE = Path(__file__).with_suffix(".json")
 HELD_OUT = {"sarcoma_ct": 0.25, "em2012": [f"em_{number}" for number in range(24, 30)]}

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from segkit.config.load import changed, load_config
 from segkit.config.training import Config
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of, read_case
+from segkit.data.split import split_of
 from segkit.errors import ConfigError
 from segkit.evaluation.calibration import IN_QUESTION, Calibration
 from segkit.evaluation.dice import dice_of
@@ -41,7 +42,6 @@ from segkit.nn.network import unet_of
 from segkit.nn.unet import UNet
 from segkit.training.fit import fit
 from segkit.training.parts import prepare
-from segkit.training.split import split_of
 
 
 @dataclass

@@ -25,6 +25,7 @@ from segkit.config.pictures import PicturesConfig
 from segkit.config.training import Config
 from segkit.data.case_groups import groups_of
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of
+from segkit.data.split import ALL_TRAIN, split_of
 from segkit.errors import counted
 from segkit.planning.candidates import plan_candidates
 from segkit.planning.make_plan import Planned
@@ -33,7 +34,6 @@ from segkit.system.only_errors import only_errors
 from segkit.system.progress import Track, untracked
 from segkit.training.final_scores import score
 from segkit.training.fit import train
-from segkit.training.split import ALL_TRAIN, split_of
 
 SHARE = 0.15
 """Planning and a race take at most this share of the minutes."""

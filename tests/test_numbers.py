@@ -13,13 +13,13 @@ import torch
 from segkit.cli.main import main
 from segkit.config.load import dump_yaml
 from segkit.data.dataset import read_dataset
+from segkit.data.split import split
 from segkit.errors import ModelError, TrainingError
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import read_volume, write_volume
 from segkit.model.folder import load_model
 from segkit.training import final_scores
 from segkit.training import fit as training
-from segkit.training.split import split
 from tests.small import small_config, small_dataset, trained_run
 
 

@@ -10,6 +10,7 @@ import pytest
 from segkit import racing
 from segkit.config.load import load_config
 from segkit.data.dataset import dataset_of, read_dataset
+from segkit.data.split import split_of
 from segkit.planning import planned_seconds, planning_task
 from segkit.planning.candidates import plan_candidates
 from segkit.racing import (
@@ -23,7 +24,6 @@ from segkit.racing import (
     shortest_trainings,
     table,
 )
-from segkit.training.split import split_of
 from tests.small import small_config, small_dataset
 
 
@@ -187,7 +187,7 @@ def test_a_plan_that_was_raced_is_a_config_with_a_table(
     monkeypatch.setattr(racing, "FEWEST_STEPS", 2)
     monkeypatch.setattr(racing, "SHARE", 0.9)
     planned = plan_by_race(dataset, cache=tmp_path / "c", device="cpu", minutes=1)
-    assert "# Chosen by mean Dice of 1 training cases" in planned.text
+    assert "# Chosen by mean Dice of 1 training case" in planned.text
     path = tmp_path / "plan.yaml"
     path.write_text(planned.text)
     assert load_config(path) == planned.config

@@ -25,6 +25,7 @@ from segkit.config.training import Config
 from segkit.data.augment_spatial import SpatialVariation
 from segkit.data.dataset import Dataset, read_dataset
 from segkit.data.dataset_json import read_labelling
+from segkit.data.split import Split
 from segkit.errors import ConfigError
 from segkit.evaluation.evaluate import score_pairs
 from segkit.evaluation.tolerance import Tolerance
@@ -39,7 +40,6 @@ from segkit.nn.unet import UNet
 from segkit.planning.fingerprint import fingerprint
 from segkit.training.fit import train
 from segkit.training.resolve import describe, resolve
-from segkit.training.split import Split
 from tests.helpers import affine_of
 from tests.small import small_config
 

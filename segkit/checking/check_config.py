@@ -9,13 +9,13 @@ from segkit.checking.understood import Understood, listed
 from segkit.config.labels import Labelling
 from segkit.config.load import dump_yaml, load_config
 from segkit.data.dataset import dataset_of
+from segkit.data.split import split_of
 from segkit.errors import counted
 from segkit.model.build import build_network
 from segkit.nn.cost import count_parameters
 from segkit.system.progress import Track
 from segkit.training.cascade import described, first_models
 from segkit.training.resolve import check_images, describe, resolve
-from segkit.training.split import split_of
 
 
 def check_config(path: Path, overrides: Sequence[str], track: Track) -> Understood:

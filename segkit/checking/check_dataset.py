@@ -16,12 +16,12 @@ from segkit.config.labels import Labelling
 from segkit.data.case_facts import facts_of_cases
 from segkit.data.case_groups import groups_of, told_of_split
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
+from segkit.data.folds import folds_of
+from segkit.data.split import split_with
 from segkit.data.split_settings import changed_split_settings
 from segkit.errors import DatasetError, Problems, counted
 from segkit.io.whole_numbers import rounded_in_words
 from segkit.system.progress import Track
-from segkit.training.folds import folds_of
-from segkit.training.split import split_with
 
 MOST_NUMBERS = 20
 """Most undeclared label numbers that are listed; the others are only counted."""

@@ -16,6 +16,7 @@ from segkit.config.pictures import PicturesConfig
 from segkit.config.training import RUN_NAME, Config
 from segkit.data.case_groups import told_of_split
 from segkit.data.dataset import Dataset
+from segkit.data.split import split_with
 from segkit.errors import counted, printable
 from segkit.inference.window_seconds import num_windows
 from segkit.io.file_names import is_file_name
@@ -34,7 +35,7 @@ from segkit.planning.planning_task import (
     source_of,
     warn_if_busy,
 )
-from segkit.planning.schedule import Schedule, num_held_out, schedule_within
+from segkit.planning.schedule import Schedule, schedule_within
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import precision_of
 
@@ -203,7 +204,7 @@ def _schedule(task: PlanningTask, plan: Plan, config: Config, *, with_labels: bo
     median = rules.median_shape(shapes.spacings, shapes.shapes, plan.spacing)
     size = [round(n) for n in median]
     per_case = window * num_windows(size, description.volume_patch)
-    held_out = num_held_out(config.data, len(task.dataset.cases))
+    held_out = len(split_with(task.dataset, config.data, config.train.seed).held_out)
     return schedule_within(
         task.minutes,
         seconds_per_step=seconds,

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-from segkit.config.data import SplitDatasetConfig
 from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING, SHARE_OF_PREPARING
 from segkit.errors import counted
 
@@ -26,16 +25,6 @@ class Schedule(NamedTuple):
     """Number of cases in each validation; None means all held-out cases."""
     minutes: float | None = None
     """Wall time of the run; None if the number of steps is fixed."""
-
-
-def num_held_out(data: SplitDatasetConfig, count: int) -> int:
-    """About how many of `count` cases a split holds out."""
-    if data.fold is not None or data.splits is not None:
-        folds = len(data.splits) if isinstance(data.splits, list) else data.num_folds
-        return count // folds
-    if isinstance(data.validation, list):
-        return len(data.validation)
-    return max(round(data.validation * count), 1) if count > 1 else 0
 
 
 def schedule_within(

@@ -23,7 +23,9 @@ from segkit.config.load import changed, load_config, validated
 from segkit.config.model import PostprocessingConfig
 from segkit.config.training import Config
 from segkit.data.dataset import Dataset, dataset_of, grid_of_case
+from segkit.data.folds import folds_of
 from segkit.data.preprocess import median_spacing
+from segkit.data.split import nth_of
 from segkit.errors import ConfigError, SegkitError
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
@@ -34,14 +36,12 @@ from segkit.system.signals import advice_on_stop
 from segkit.training.changed_settings import changes, in_a_sentence
 from segkit.training.fit import train
 from segkit.training.fold_settings import check_new_settings, is_done, tell_differences
-from segkit.training.folds import folds_of
 from segkit.training.kept_split import case_names, has_given_folds, read_split
 from segkit.training.parts import refuse_replaced
 from segkit.training.pooled_scores import pool_folds
 from segkit.training.resolve import with_absolute_paths
 from segkit.training.resume import resume
 from segkit.training.run_folder import lock_if_free, locked_folder, new_run_folder
-from segkit.training.split import nth_of
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from segkit.config.training import LEAST_STEPS, SHARE_OF_PREPARING, Config
 from segkit.data.datamodule import SegmentationData
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of, grid_of_case, read_case_label
 from segkit.data.preprocess import median_spacing
+from segkit.data.split import ALL_TRAIN, split_of
 from segkit.errors import counted
 from segkit.geometry.grid import Orientation
 from segkit.inference.window_seconds import num_windows, seconds_of_window
@@ -34,7 +35,6 @@ from segkit.system.signals import advice_on_stop
 from segkit.training.fit import train
 from segkit.training.lightning_private import set_last_step
 from segkit.training.resolve import check_images, check_precision, precision
-from segkit.training.split import ALL_TRAIN, split_of
 from segkit.training.time_budget import TimeBudget
 from segkit.training.time_limit import too_slow, wait_for_device
 from segkit.training.trackers import check_installed

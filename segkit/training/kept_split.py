@@ -12,11 +12,11 @@ from typing import Any
 
 from segkit.config.data import SplitDatasetConfig
 from segkit.data.dataset import CaseFiles, Dataset
+from segkit.data.folds import are_given
+from segkit.data.split import Split
 from segkit.errors import ConfigError, DatasetError
 from segkit.io.safe_text import read_json_object
-from segkit.training.folds import are_given
 from segkit.training.parts import TrainingParts
-from segkit.training.split import Split
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from segkit.data.dataset import CaseFiles, Dataset, dataset_of, unlabelled
 from segkit.data.normalise import build_normalisers
 from segkit.data.patches import PatchSampler
 from segkit.data.prepared_cache import StoredCase, store_cases
+from segkit.data.split import Split, split_of
 from segkit.data.variation import build_variation
 from segkit.errors import ConfigError, Problems, counted, printable
 from segkit.inference.segment_prepared import segment_prepared
@@ -40,7 +41,6 @@ from segkit.training.make_sampler import make_sampler
 from segkit.training.module import Loss, PresenceLoss
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule, make_optimiser, make_schedule
 from segkit.training.resolve import check_images, check_plane, check_precision, describe, resolve
-from segkit.training.split import Split, split_of
 from segkit.training.trackers import check_installed
 from segkit.training.validation import (
     PartlyLabelledScore,

@@ -34,13 +34,13 @@ from segkit.data.dataset import CaseFiles, Dataset, check_headers, grid_of_case,
 from segkit.data.normalise import foreground_statistics
 from segkit.data.preprocess import median_spacing
 from segkit.data.single_slices import about_different_planes, flat_axes
+from segkit.data.split import Split, split_of
 from segkit.errors import ConfigError, DatasetError, Problems, counted
 from segkit.geometry.grid import Orientation
 from segkit.model.addresses import is_address
 from segkit.model.build_attention import heads_that_fit
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import bfloat16_is_fast
-from segkit.training.split import Split, split_of
 
 logger = logging.getLogger(__name__)
 

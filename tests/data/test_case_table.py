@@ -10,9 +10,9 @@ from segkit.config.data import SplitDatasetConfig
 from segkit.config.load import dataset_in, load_config
 from segkit.data.case_table import unused_columns
 from segkit.data.dataset import dataset_of
+from segkit.data.split import split_of
 from segkit.errors import ConfigError, DatasetError
 from segkit.planning.make_plan import plan_dataset
-from segkit.training.split import split_of
 from tests.cli.command import run
 from tests.small import small_dataset
 

@@ -13,10 +13,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from segkit.config.data import CtWindowConfig, ZScoreConfig
+from segkit.config.data import CtWindowConfig, SplitDatasetConfig, ZScoreConfig
 from segkit.config.load import load_config
 from segkit.config.training import Config
-from segkit.errors import DatasetError, SegkitError
+from segkit.errors import DatasetError, SegkitError, counted
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.nn.network import SegmentationNetwork
@@ -386,3 +386,34 @@ def test_arguments_of_a_plan_that_are_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(SegkitError, match=re.escape(told)):
         plan_dataset(dataset, cache=tmp_path / "c", **{"device": "cpu", **wrong})
+
+
+@pytest.mark.parametrize(
+    ("settings", "beside", "held_out"),
+    [
+        ({"splits": "mine.json"}, None, 2),
+        ({"fold": 1}, [["case_0"], ["case_1", "case_2", "case_3"]], 3),
+        ({"fold": 1, "num_folds": 5}, None, 1),
+        ({"validation": ["case_0", "case_4"]}, None, 2),
+        ({"validation": 0.6}, None, 3),
+        ({}, None, 1),
+    ],
+)
+def test_a_plan_reserves_time_for_the_cases_that_are_really_held_out(
+    dataset: Path,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    beside: list[list[str]] | None,
+    held_out: int,
+) -> None:
+    names = [f"case_{number}" for number in range(5)]
+    folds = [
+        {"train": [name for name in names if name not in chosen], "val": chosen}
+        for chosen in (beside or [["case_0", "case_1"], ["case_2", "case_3"]])
+    ]
+    target = "mine.json" if beside is None else "splits_final.json"
+    if "splits" in settings or beside is not None:
+        (dataset / target).write_text(json.dumps(folds))
+    source = SplitDatasetConfig.model_validate({"folder": str(dataset), **settings})
+    planned = plan_dataset(source, cache=tmp_path / "cache", device="cpu", minutes=1)
+    assert re.search(rf"validations? of {counted(held_out, 'case')}", planned.text)

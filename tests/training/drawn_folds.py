@@ -2,8 +2,8 @@
 
 from segkit.config.data import DataConfig
 from segkit.data.dataset import Dataset
-from segkit.training.folds import drawn
-from segkit.training.split import Split, nth_of
+from segkit.data.folds import drawn
+from segkit.data.split import Split, nth_of
 
 
 def fold_of(dataset: Dataset, fold: int) -> Split:

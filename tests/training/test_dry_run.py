@@ -15,13 +15,13 @@ from segkit.cli.main import main
 from segkit.config.load import changed, load_config
 from segkit.data.dataset import read_dataset
 from segkit.data.resident import fits
+from segkit.data.split import split_of
 from segkit.errors import ConfigError, TrainingError
 from segkit.io.volume import read_volume, write_volume
 from segkit.training import dry_run as module
 from segkit.training.dry_run import MEASURED, DryRun, Stopwatch, dry_run, shortened
 from segkit.training.fit import train
 from segkit.training.module import SegmentationModule
-from segkit.training.split import split_of
 from tests.small import small_config, small_dataset
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from segkit.config.load import load_config
 from segkit.config.training import Config
 from segkit.data.dataset import read_dataset
+from segkit.data.split import split_of
 from segkit.errors import ConfigError
 from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.training.fit import train
 from segkit.training.resolve import check_plane, describe, resolve
-from segkit.training.split import split_of
 from tests.conftest import ROOT
 from tests.small import small_config, small_dataset
 from tests.training.changed_defaults import module

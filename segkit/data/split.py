@@ -10,9 +10,9 @@ from segkit.config.data import SplitDatasetConfig
 from segkit.config.training import Config
 from segkit.data.case_groups import divided_groups, groups_of, strata_of, told_of_split
 from segkit.data.dataset import CaseFiles, Dataset
+from segkit.data.distribute import distribute
+from segkit.data.folds import Folds, folds_of
 from segkit.errors import DatasetError
-from segkit.training.distribute import distribute
-from segkit.training.folds import Folds, folds_of
 
 logger = logging.getLogger(__name__)
 

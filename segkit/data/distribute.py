@@ -54,7 +54,7 @@ def distribute(
         growth = _growth(filled, of_cases[group], aims)
         growth_of_strata = _growth(filled_strata, of_strata[group], aims).round(9)
         sizes = np.array([len(part) for part in parts])
-        able = _with_room(sizes, num_cases[group], largest_left[place], aims)
+        able = _with_room(sizes, int(num_cases[group]), int(largest_left[place]), aims)
         empty = np.flatnonzero(sizes == 0).tolist()
         if len(empty) >= len(order) - place:  # each part gets at least one group
             able = empty

@@ -18,10 +18,10 @@ from segkit.config.load import validated
 from segkit.data.case_groups import divided_groups, groups_of, strata_of
 from segkit.data.case_table import NAMES_SHOWN, YES_WORDS, column_of, table_of
 from segkit.data.dataset import Dataset
+from segkit.data.distribute import distribute
 from segkit.data.split_settings import SPLITS_FILE
 from segkit.errors import ConfigError, DatasetError, first_few
 from segkit.io.safe_text import parse_yaml, read_json, read_text
-from segkit.training.distribute import distribute
 
 logger = logging.getLogger(__name__)
 

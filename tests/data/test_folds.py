@@ -15,11 +15,11 @@ from segkit.config.load import validated
 from segkit.config.training import Config
 from segkit.data.case_groups import grouping_advice, likely_grouping, strata_of
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of
+from segkit.data.distribute import distribute
+from segkit.data.folds import folds_of
+from segkit.data.split import split_of
 from segkit.data.split_settings import unused_split_settings
 from segkit.errors import ConfigError, DatasetError
-from segkit.training.distribute import distribute
-from segkit.training.folds import folds_of
-from segkit.training.split import split_of
 from tests.small import small_dataset
 from tests.training.drawn_folds import fold_of
 

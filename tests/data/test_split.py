@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segkit.data.dataset import CaseFiles, Dataset
+from segkit.data.split import split
 from segkit.errors import DatasetError
-from segkit.training.split import split
 from tests.training.drawn_folds import fold_of
 
 
