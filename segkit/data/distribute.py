@@ -80,8 +80,9 @@ def _order(num_cases: np.ndarray, amounts: np.ndarray, random: np.random.RandomS
 def _growth(filled: np.ndarray, added: np.ndarray, aims: np.ndarray) -> np.ndarray:
     """How much the distance of each part to its aims grows if a group is added to it."""
     aims = aims[:, None]
-    growth: np.ndarray = ((filled + added - aims) ** 2 - (filled - aims) ** 2) / aims
-    return growth.sum(axis=1)
+    growths = ((filled + added - aims) ** 2 - (filled - aims) ** 2) / aims
+    growth: np.ndarray = growths.sum(axis=1)
+    return growth
 
 
 def _with_room(sizes: np.ndarray, num_cases: int, largest: int, shares: np.ndarray) -> list[int]:
