@@ -75,11 +75,14 @@ def seen_part(values: ndarray, grid: Grid, seen: Grid) -> ndarray:
     return orientation.turn(values)[box]
 
 
-def pictures(scan: Volume, seen: Grid, channels: list[str]) -> Mapping[str, ndarray]:
+def pictures(
+    scan: Volume, seen: Grid, channels: list[str], *, across: int | None = None
+) -> Mapping[str, ndarray]:
     """The baselines that a map is compared with: intensity and its gradient, by name.
 
     They hold raw intensities and gradient magnitudes per mm, on the part that the network
-    processed. If the scan has several channels, each has its own two baselines, named after it.
+    processed. If the scan has several channels, each has its own two baselines, named after it. The
+    gradient lies within slices if `across` is the axis across them.
     """
     parts = seen_part(scan.data.reshape(*scan.grid.shape, -1), scan.grid, seen)
     found: dict[str, ndarray] = {}
@@ -87,7 +90,9 @@ def pictures(scan: Volume, seen: Grid, channels: list[str]) -> Mapping[str, ndar
         values = np.array(parts[..., number], np.float32)
         named = f" of {channel}" if len(channels) > 1 else ""
         found[f"intensity{named}"] = values
-        found[f"gradient{named}"] = gradient_length(values, seen.spacing, seen.directions)
+        found[f"gradient{named}"] = gradient_length(
+            values, seen.spacing, seen.directions, across=across
+        )
     return found
 
 
@@ -95,6 +100,8 @@ def gradient_length(
     values: Float[ndarray, "x y z"],
     spacing: tuple[float, float, float],
     directions: Float[ndarray, "axis world"] | None = None,
+    *,
+    across: int | None = None,
 ) -> Float[ndarray, "x y z"]:
     """Gradient magnitude per mm, by central differences. Axes with one voxel are left out.
 
@@ -103,9 +110,10 @@ def gradient_length(
         spacing: distance between voxels along each axis, in mm.
         directions: unit vector along each axis; at right angles if None. A slope along an axis is
             the gradient in the world times this vector.
+        across: an axis that is also left out, such as the one across slices.
     """
+    axes = [axis for axis, size in enumerate(values.shape) if size > 1 and axis != across]
     if directions is not None and are_sheared(directions):
-        axes = [axis for axis, size in enumerate(values.shape) if size > 1]
         slopes = [np.gradient(values, spacing[axis], axis=axis) for axis in axes]
         if not slopes:
             return np.zeros_like(values)
@@ -113,7 +121,6 @@ def gradient_length(
         gradient: ndarray = np.linalg.norm(np.tensordot(in_world, np.stack(slopes), axes=1), axis=0)
         return gradient
     squares = np.zeros_like(values)
-    for axis, step in enumerate(spacing):
-        if values.shape[axis] > 1:
-            squares += np.gradient(values, step, axis=axis) ** 2
+    for axis in axes:
+        squares += np.gradient(values, spacing[axis], axis=axis) ** 2
     return np.sqrt(squares)

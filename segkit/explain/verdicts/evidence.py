@@ -276,7 +276,8 @@ class _Shared:
         prepared = predictor.prepare(volume)
         self.image, self.grid, self.seen = prepared.image, prepared.grid, prepared.source
         self.seed = seed
-        self.pictures = pictures(volume, self.seen, list(described.channels))
+        self.across = described.axis_across
+        self.pictures = pictures(volume, self.seen, list(described.channels), across=self.across)
         true = seen_part(truth.data, volume.grid, self.seen)
         predicted = seen_part(labels.data, volume.grid, self.seen)
         self.structures = {name: np.isin(true, numbers) for name, numbers in structures.items()}
@@ -346,9 +347,11 @@ class _MapGrid:
             for name, mask in shared.structures.items()
         }
         self.predicted = cells.mean(shared.predicted.astype(np.float32)) >= HALF
-        self.make_images = partial(image_comparators, shared.pictures, cells, grid)
+        self.make_images = partial(
+            image_comparators, shared.pictures, cells, grid, across=shared.across
+        )
         self.make_closeness = partial(
-            closeness_comparators, shared.pictures, cells=cells, grid=grid
+            closeness_comparators, shared.pictures, cells=cells, grid=grid, across=shared.across
         )
         self.images: dict[bytes, _Images] = {}
         self.blocks = Blocks.of(grid, shared.grid)

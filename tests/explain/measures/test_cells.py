@@ -37,6 +37,8 @@ def test_a_gradient_is_per_millimetre() -> None:
     x, y, _ = np.meshgrid(np.arange(4.0), np.arange(5.0), [0.0], indexing="ij")
     slope = gradient_length(3 * x * 0.5 + 4 * y * 2.0, (0.5, 2.0, 7.0))
     assert_allclose(slope, 5)
+    within = gradient_length(3 * x * 0.5 + 4 * y * 2.0, (0.5, 2.0, 7.0), across=1)
+    assert_allclose(within, 3)
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 6), (4, 5, 1)])
@@ -50,3 +52,5 @@ def test_a_gradient_on_leaning_axes_is_that_of_the_world(shape: tuple[int, int, 
     values = grid.centres() @ [3.0, -2.0, 6.0]
     found = gradient_length(values, grid.spacing, grid.directions)
     assert_allclose(found, 7 if shape[2] > 1 else 13**0.5)
+    within = gradient_length(values, grid.spacing, grid.directions, across=2)
+    assert_allclose(within, 13**0.5)

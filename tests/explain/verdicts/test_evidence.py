@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.planted_gallery import GALLERY
+from benchmarks.verdicts import evidence_of as evidence_on_planted
 from segkit.errors import VolumeError
 from segkit.explain.verdicts.comparators import Sides, boxed, mean_map
 from segkit.explain.verdicts.evidence import (
@@ -184,3 +186,14 @@ def test_mean_maps_leave_out_nan_and_fit_boxes_of_other_shapes() -> None:
     ramp = np.broadcast_to(np.arange(8.0)[:, None, None], (8, 2, 2))
     assert mean_map([ramp], (4, 2, 2))[:, 0, 0].tolist() == [0.5, 2.5, 4.5, 6.5]
     assert boxed(np.zeros((100, 5, 32))).shape == (32, 5, 32)
+
+
+def test_the_gate_of_a_2d_network_is_compared_within_slices() -> None:
+    """It is a blur in the plane of slices that show the structure at other places."""
+    (blur,) = [one for one in GALLERY if one.name == "blur of 2.5 voxels"]
+    (found,) = evidence_on_planted(blur, dims=2, count=1, seed=0)
+    scores = dict(channel_of(found).aurocs["one"])
+    own = scores.pop("map")
+    assert "texture along y" in scores and "texture along z" not in scores
+    of_image = [score for name, score in scores.items() if "untrained" not in name]
+    assert max(of_image) > own - 0.005
