@@ -5,14 +5,18 @@ voxels that it covers. Measuring on this grid counts each map value once. On the
 value would be interpolated and counted hundreds of times.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
+from scipy.ndimage import maximum_filter, minimum_filter
 
 from segkit.geometry.grid import Grid, Orientation, are_sheared
 from segkit.io.volume import Volume
+
+THINNED = 2**20
+"""About so many voxels are counted to find the most common value of a channel."""
 
 
 class Cells:
@@ -94,6 +98,27 @@ def pictures(
             values, seen.spacing, seen.directions, across=across
         )
     return found
+
+
+def constant_background(
+    channels: Sequence[Float[ndarray, "x y z"]],
+) -> Bool[ndarray, "x y z"]:
+    """The voxels of regions in which every channel has its most common value, such as air of 0.
+
+    A region is a union of windows of 3 voxels along each axis. So a voxel of the body that happens
+    to have this value does not belong to one.
+
+    Args:
+        channels: the intensities of each channel.
+    """
+    background = np.ones(channels[0].shape, bool)
+    for image in channels:
+        thinned = image.ravel()[:: max(1, image.size // THINNED)]
+        values, counts = np.unique(thinned, return_counts=True)
+        background &= image == values[counts.argmax()]
+    inner = minimum_filter(background, 3, mode="nearest")
+    regions: ndarray = maximum_filter(inner, 3, mode="nearest")
+    return regions
 
 
 def gradient_length(

@@ -36,7 +36,7 @@ from segkit.geometry.grid import Grid
 from segkit.geometry.resample import resample_known
 
 SMOOTHING_WIDTHS = tuple(round(2.0 ** (step / 4), 2) for step in range(-4, 13))
-"""Standard deviations of Gaussians, 0.5 to 8 cells along the map's finest axis. Steps are so
+"""Standard deviations of Gaussians, 0.5 to 8 cells along the map's finest axis. The steps are so
 small that no width between two of them localises a structure much better than both."""
 BOX_WIDTHS = (2, 3, 5, 7)
 """Sizes, in cells along each axis, of the boxes that the intensity is averaged over."""

@@ -8,7 +8,8 @@ channel of each gate and for each structure, it contains:
   each other);
 - aurocs: AUROC of the channel and of each comparator on the same cells;
 - areas: area under the deletion curve, for the channel in both orders and for comparators;
-- correlations: |ρ| with the same channel of untrained networks.
+- correlations: |ρ| with the same channel of untrained networks, without cells of constant
+  background.
 """
 
 import itertools
@@ -23,7 +24,7 @@ from numpy import ndarray
 from segkit.config.labels import Labelling
 from segkit.data.label_numbers import volume_within
 from segkit.explain.heads.study import ScoredVolume, check_case, on_one_grid
-from segkit.explain.measures.cells import Cells, pictures, seen_part
+from segkit.explain.measures.cells import Cells, constant_background, pictures, seen_part
 from segkit.explain.measures.measure_maps import FOREGROUND, HALF, measured_structures
 from segkit.explain.measures.ranks import Ranked, spearman
 from segkit.explain.verdicts.ablation import ablated_maps, class_dice, replace_channels_by_mean
@@ -81,7 +82,8 @@ class ChannelEvidence:
     """For each order, the deletion curve of each structure. The order of a comparator begins with
     its high or low values, whichever localise the predicted structures better."""
     correlations: tuple[float, ...]
-    """|ρ| with the channel of each untrained network; NaN if either map is constant."""
+    """|ρ| with the channel of each untrained network, without cells of constant background; NaN if
+    either map is constant."""
     box: CellValues3d
     """The channel, thinned by `boxed`; NaN for cells that do not count."""
     inside: Mapping[str, ndarray]
@@ -280,6 +282,8 @@ class _Shared:
         self.pictures = pictures(volume, self.seen, list(described.channels), across=self.across)
         true = seen_part(truth.data, volume.grid, self.seen)
         predicted = seen_part(labels.data, volume.grid, self.seen)
+        intensities = [one for name, one in self.pictures.items() if name.startswith("intensity")]
+        self.background = constant_background(intensities)
         self.structures = {name: np.isin(true, numbers) for name, numbers in structures.items()}
         # The prediction has all structures, whatever is labelled in the reference.
         self.predicted = np.isin(
@@ -342,6 +346,8 @@ class _MapGrid:
         if shared.unlabelled is not None:
             unlabelled = cells.mean(shared.unlabelled.astype(np.float32))
             self.counted = self.counted & (unlabelled == 0)
+        # Cells of which every voxel is constant background.
+        self.background = cells.mean((~shared.background).astype(np.float32)) == 0
         self.inside = {
             name: cells.mean(mask.astype(np.float32)) >= HALF
             for name, mask in shared.structures.items()
@@ -379,9 +385,12 @@ class _MapGrid:
             name: {"map": sides.auroc(values), **images.scores[name], **sides.aurocs(draws)}
             for name, sides in images.sides.items()
         }
-        own = Ranked.of(values[counted].astype(np.float64))
+        # Nearly every network separates air from the body, so air would decide the correlation.
+        body = counted & ~self.background
+        ranked = body if body.any() else counted
+        own = Ranked.of(values[ranked].astype(np.float64))
         correlations = [
-            abs(spearman(own, Ranked.of(one[counted].astype(np.float64)))) for one in untrained
+            abs(spearman(own, Ranked.of(one[ranked].astype(np.float64)))) for one in untrained
         ]
         return ChannelEvidence(
             drops,

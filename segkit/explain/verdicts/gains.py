@@ -6,7 +6,7 @@ the order of the map.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,7 +15,7 @@ import numpy as np
 from segkit.explain.measures.ranks import Ranked
 from segkit.explain.measures.statistics import auroc
 from segkit.explain.verdicts.comparators import mean_map
-from segkit.explain.verdicts.evidence import HIGH_FIRST, LOW_FIRST, ChannelEvidence
+from segkit.explain.verdicts.evidence import HIGH_FIRST, LOW_FIRST, UNTRAINED, ChannelEvidence
 
 Direction = Literal["lets through", "shuts out"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -79,11 +79,15 @@ def gains_in_auroc(pairs: Pairs, direction: Direction) -> list[Compared]:
                 turned_auroc(own, direction) - one
                 for (own, _), one in zip(found, scores, strict=True)
             ]
-            margins = [min(AUROC_MARGIN, ERROR_MARGIN * (1 - one)) for one in scores]
             if found:
                 shown_name = name + ", inverted" * turned
-                compared.append(Compared(shown_name, tuple(gains), tuple(margins)))
+                compared.append(Compared(shown_name, tuple(gains), tuple(_margins(scores))))
     return compared
+
+
+def _margins(scores: Iterable[float]) -> list[float]:
+    """By how much an AUROC must be higher than each of these of a comparator."""
+    return [min(AUROC_MARGIN, ERROR_MARGIN * (1 - one)) for one in scores]
 
 
 def _with_mean_maps(
@@ -121,6 +125,29 @@ def gains_in_deletion(
     return [
         Compared(name, tuple(found), (AREA_MARGIN,) * len(found)) for name, found in gains.items()
     ]
+
+
+def gains_over_draws(
+    evidence: Sequence[ChannelEvidence], structure: str, direction: Direction
+) -> Compared:
+    """The gains of the channel's AUROC over that of untrained networks, as their mean.
+
+    Each untrained network is used in the direction in which it shows the structure over all scans,
+    because the sign of random weights is arbitrary.
+    """
+    own, drawn = [], []
+    for one in evidence:
+        scores = one.aurocs.get(structure, {})
+        draws = [score for name, score in scores.items() if name.startswith(UNTRAINED)]
+        if draws and np.isfinite([scores["map"], *draws]).all():
+            own.append(turned_auroc(scores["map"], direction))
+            drawn.append(draws)
+    if not drawn:
+        return Compared(UNTRAINED, (), ())
+    scans = np.array(drawn)
+    turned = np.where(scans.mean(axis=0) < 0.5, 1 - scans, scans).mean(axis=1).tolist()
+    gains = [mine - other for mine, other in zip(own, turned, strict=True)]
+    return Compared(UNTRAINED, tuple(gains), tuple(_margins(turned)))
 
 
 def turned_auroc(score: float, direction: Direction) -> float:

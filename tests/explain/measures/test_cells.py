@@ -5,7 +5,7 @@ import pytest
 from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
 
-from segkit.explain.measures.cells import Cells, gradient_length, seen_part
+from segkit.explain.measures.cells import Cells, constant_background, gradient_length, seen_part
 from segkit.geometry.grid import Grid
 from tests.explain.measures.test_measure_maps import map_of, pooled, scan_of
 
@@ -54,3 +54,18 @@ def test_a_gradient_on_leaning_axes_is_that_of_the_world(shape: tuple[int, int, 
     assert_allclose(found, 7 if shape[2] > 1 else 13**0.5)
     within = gradient_length(values, grid.spacing, grid.directions, across=2)
     assert_allclose(within, 13**0.5)
+
+
+def test_constant_background_is_air_and_not_a_voxel_of_the_body_with_the_same_value() -> None:
+    random = np.random.default_rng(0)
+    x, y, _ = np.indices((12, 12, 6))
+    air = (np.abs(x - 5.5) > 2) & (np.abs(y - 5.5) > 2)
+    body = random.integers(0, 4, air.shape).astype(np.float32)
+    image = np.where(air, np.float32(0), body)
+    assert_array_equal(constant_background([image]), air)
+    assert (image[~air] == 0).any()
+    # Another channel that varies in the air leaves no constant background, nor has plain noise any.
+    noise = random.normal(size=air.shape).astype(np.float32)
+    assert not constant_background([image, noise]).any()
+    assert not constant_background([noise]).any()
+    assert_array_equal(constant_background([image, image - 1024]), air)

@@ -8,6 +8,7 @@ from torch import Tensor
 from benchmarks.planted_gallery import GALLERY
 from benchmarks.verdicts import evidence_of as evidence_on_planted
 from segkit.errors import VolumeError
+from segkit.explain.measures.ranks import Ranked, spearman
 from segkit.explain.verdicts.comparators import Sides, boxed, mean_map
 from segkit.explain.verdicts.evidence import (
     BEST_IMAGE,
@@ -21,6 +22,7 @@ from segkit.explain.verdicts.evidence import (
 from segkit.explain.verdicts.judge import judge_gates
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
+from segkit.model.folder import Model
 from tests.planted import KEY, Kind, Planted, moved_case, planted, untrained_planted
 
 
@@ -97,6 +99,34 @@ def test_a_constant_gate_loses_no_dice_and_has_no_correlation() -> None:
     found = channel_of(evidence_of(planted("constant"), 0))
     assert found.drops == {"label 1": (0.0,)} and found.aurocs["label 1"]["map"] == 0.5
     assert np.isnan(found.correlations).all()
+
+
+def test_constant_air_does_not_count_in_the_correlation_with_untrained_networks() -> None:
+    case, predictor = moved_case(0), planted("noise")
+    x, y, _ = np.indices((8, 8, 8))
+    air = (np.abs(x - 3.5) > 1) & (np.abs(y - 3.5) > 1)
+    volume = case.volume.like(np.where(air[..., None], 0, case.volume.data + 3).astype(np.float32))
+    prediction = predictor(volume, maps=True)
+    found = gather_evidence(
+        predictor,
+        volume,
+        case.reference,
+        prediction.maps,
+        labels=prediction.labels,
+        case="x",
+        untrained=untrained_planted,
+    )
+    untrained = Predictor(
+        Model(predictor.model.description, untrained_planted(0)), device="cpu", engine="torch"
+    )
+    own, other = (one(volume, maps=True).maps[KEY].volume for one in (predictor, untrained))
+    assert own is not None and other is not None
+    rho, with_air = (
+        abs(spearman(Ranked.of(own.data[cells]), Ranked.of(other.data[cells])))
+        for cells in (~air, np.ones_like(air))
+    )
+    assert channel_of(found).correlations[0] == pytest.approx(rho, abs=2e-3)
+    assert abs(with_air - rho) > 0.1
 
 
 def test_the_map_of_earlier_scans_is_one_more_order_of_deletion(mask: CaseEvidence) -> None:
