@@ -7,7 +7,7 @@
   value, the difference of two smoothings, its distance from the structure's own median, its texture
   in each direction, and its entropy;
 - the same gate of several untrained networks (`untrained`);
-- the mean map of other scans, cell by cell of the processed part of each scan (`mean_map`).
+- the mean map of other scans, cell by cell of the processed part of each scan (`mean_maps`).
 
 Each comparator is used in both directions, with high values first and with low values first,
 because inverting a map needs no training either.
@@ -19,12 +19,13 @@ cells.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from numpy import ndarray
 from scipy import stats
 from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter, uniform_filter
@@ -76,10 +77,28 @@ SAME_PITCH = 0.01
 """Cells count as equally long along all axes if their lengths differ by at most this share."""
 BOX_CELLS = 32
 """Largest number of cells kept along each axis of a map, to compare it with other scans."""
+BEYOND_WEIGHT = 1e-6
+"""Weight of a map's outermost cell beyond its end. It counts only if no other map has the cell."""
+ALIGNMENTS: dict[str, Callable[[ndarray, int, int], ndarray]] = {
+    "": lambda cells, own, other: (cells + 0.5) * other / own - 0.5,
+    "from the low corner": lambda cells, own, other: cells,
+    "from the high corner": lambda cells, own, other: cells + other - own,
+    "from the centre": lambda cells, own, other: cells + (other - own) / 2,
+}
+"""For each alignment of two maps: the positions of cells of one map, whose axis has `own` cells, on
+the axis of another map with `other` cells. The first one aligns both ends of the axis."""
 
 AXES = "xyz"
 
 CellValues3d = Float[ndarray, "x y z"]
+
+
+class ThinnedMap(NamedTuple):
+    """A channel of a map, thinned by `boxed`."""
+
+    values: CellValues3d
+    shape: tuple[int, ...]
+    """Shape of the map before it was thinned."""
 
 
 @dataclass(frozen=True)
@@ -405,37 +424,69 @@ def in_batches(
         yield batch
 
 
+def kept_cells(size: int) -> Integer[ndarray, " cells"]:
+    """The cells of an axis that `boxed` keeps: at most `BOX_CELLS`, evenly spaced."""
+    count = min(size, BOX_CELLS)
+    cells: ndarray = ((np.arange(count) + 0.5) * size / count).astype(int)
+    return cells
+
+
 def boxed(values: ndarray) -> ndarray:
     """An array on a map's grid, thinned to at most `BOX_CELLS` cells along each axis."""
     for axis, size in enumerate(values.shape):
-        count = min(size, BOX_CELLS)
-        chosen = ((np.arange(count) + 0.5) * size / count).astype(int)
-        values = values.take(chosen, axis=axis)
+        values = values.take(kept_cells(size), axis=axis)
     return values
 
 
-def mean_map(others: Sequence[CellValues3d], shape: tuple[int, ...]) -> CellValues3d:
-    """The mean of thinned maps of other scans, resampled to a grid of the given shape.
+def mean_maps(
+    others: Sequence[ThinnedMap],
+    shape: Sequence[int],
+    cells: Sequence[Integer[ndarray, " cells"]],
+) -> dict[str, CellValues3d]:
+    """The mean of thinned maps of other scans at cells of a scan, for each alignment.
 
-    The maps are aligned by the ends of their axes. NaN cells are left out of the mean; the mean is
-    NaN if a cell is NaN in all maps.
+    A network has no coordinates of the body: a fixed place is so many cells from an end of the
+    image, or from its middle. So if a map has another shape, there are four alignments: the ends of
+    all axes (''), and the low corner, the high corner and the centre of the boxes, in cells.
+
+    NaN cells are left out of the mean; the mean is NaN if a cell is NaN in all maps. Beyond the end
+    of a map, its outermost cell counts only if no other map has the cell.
 
     Args:
-        others: maps from `boxed`.
-        shape: shape of the result.
+        others: the maps. Not empty.
+        shape: shape of the scan's map before it was thinned.
+        cells: for each axis, the cells of the scan's map at which the mean is computed.
     """
-    total, count = np.zeros(shape), np.zeros(shape)
-    for values in others:
-        if values.shape != shape:
-            positions = [
-                (np.arange(size) + 0.5) * old / size - 0.5
-                for size, old in zip(shape, values.shape, strict=True)
-            ]
-            held = torch.from_numpy(np.ascontiguousarray(values, np.float64))[None]
-            values = resample_known(held, positions)[0].numpy()
+    same = all(tuple(other.shape) == tuple(shape) for other in others)
+    return {
+        name: _mean_map(others, shape, cells, place)
+        for name, place in ALIGNMENTS.items()
+        if not (name and same)
+    }
+
+
+def _mean_map(
+    others: Sequence[ThinnedMap],
+    shape: Sequence[int],
+    cells: Sequence[Integer[ndarray, " cells"]],
+    place: Callable[[ndarray, int, int], ndarray],
+) -> CellValues3d:
+    """The mean of maps in one alignment; see `mean_maps`."""
+    size = tuple(len(along) for along in cells)
+    total, weights = np.zeros(size), np.zeros(size)
+    for other in others:
+        positions, weight = [], np.ones(size)
+        for axis, (along, own, old) in enumerate(zip(cells, shape, other.shape, strict=True)):
+            there = place(along, own, old)
+            kept = kept_cells(old)
+            positions.append(np.interp(there, kept, np.arange(len(kept))))
+            beyond = (there < -0.5) | (there > old - 0.5)
+            weight[(slice(None),) * axis + (beyond,)] = BEYOND_WEIGHT
+        held = torch.from_numpy(np.ascontiguousarray(other.values, np.float64))[None]
+        values = resample_known(held, positions)[0].numpy()
         known = np.isfinite(values)
-        total[known] += values[known]
-        count += known
-    mean = np.full(shape, np.nan)
-    np.divide(total, count, out=mean, where=count > 0)
+        total[known] += (weight * values)[known]
+        weights += weight * known
+    mean = np.full(size, np.nan)
+    np.divide(total, weights, out=mean, where=weights > 0)
     return mean

@@ -31,12 +31,13 @@ from segkit.explain.verdicts.ablation import ablated_maps, class_dice, replace_c
 from segkit.explain.verdicts.comparators import (
     CellValues3d,
     Sides,
+    ThinnedMap,
     boxed,
     closeness_comparators,
     deleted_comparators,
     image_comparators,
     in_batches,
-    mean_map,
+    mean_maps,
 )
 from segkit.explain.verdicts.deletion import (
     FRACTIONS,
@@ -84,7 +85,7 @@ class ChannelEvidence:
     correlations: tuple[float, ...]
     """|ρ| with the channel of each untrained network, without cells of constant background; NaN if
     either map is constant."""
-    box: CellValues3d
+    box: ThinnedMap
     """The channel, thinned by `boxed`; NaN for cells that do not count."""
     inside: Mapping[str, ndarray]
     """For each structure, whether each cell of `box` lies in it."""
@@ -367,7 +368,7 @@ class _MapGrid:
         self,
         values: CellValues3d,
         untrained: Sequence[CellValues3d],
-        earlier: Sequence[CellValues3d],
+        earlier: Sequence[ThinnedMap],
         drops: Mapping[str, tuple[float, ...]],
     ) -> ChannelEvidence:
         """The evidence on a channel.
@@ -375,7 +376,7 @@ class _MapGrid:
         Args:
             values: the channel.
             untrained: the same channel of untrained networks.
-            earlier: the same channel in other scans, thinned by `boxed`.
+            earlier: the same channel in other scans.
             drops: the falls of Dice without the channel, by structure.
         """
         counted = self.counted & np.isfinite(values)
@@ -397,7 +398,7 @@ class _MapGrid:
             aurocs,
             self._curves(values, images, draws, earlier) if counted.any() else {},
             tuple(correlations),
-            boxed(np.where(counted, values, np.nan)),
+            ThinnedMap(boxed(np.where(counted, values, np.nan)), values.shape),
             {name: boxed(inside) for name, inside in self.inside.items()},
         )
 
@@ -424,7 +425,7 @@ class _MapGrid:
         values: CellValues3d,
         images: _Images,
         draws: Mapping[str, CellValues3d],
-        earlier: Sequence[CellValues3d],
+        earlier: Sequence[ThinnedMap],
     ) -> dict[str, Sequence[DeletionCurve]]:
         """Deletion curves of each structure, by order.
 
@@ -444,7 +445,9 @@ class _MapGrid:
         of_images = set(others)
         others |= dict(list(draws.items())[:DELETED_DRAWS])
         if earlier:
-            others[EARLIER] = mean_map(earlier, values.shape)
+            means = mean_maps(earlier, values.shape, [np.arange(size) for size in values.shape])
+            shown = images.predicted.aurocs({n: np.nan_to_num(one) for n, one in means.items()})
+            others[EARLIER] = means[max(shown, key=lambda n: np.nan_to_num(abs(shown[n] - 0.5)))]
         for name, one in others.items():
             inverted = images.predicted.auroc(np.nan_to_num(one)) < 0.5
             orders[name] = -one if inverted else one

@@ -6,7 +6,7 @@ the order of the map.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from segkit.explain.measures.ranks import Ranked
 from segkit.explain.measures.statistics import auroc
-from segkit.explain.verdicts.comparators import mean_map
+from segkit.explain.verdicts.comparators import CellValues3d, kept_cells, mean_maps
 from segkit.explain.verdicts.evidence import HIGH_FIRST, LOW_FIRST, UNTRAINED, ChannelEvidence
 
 Direction = Literal["lets through", "shuts out"]
@@ -57,15 +57,44 @@ class Compared:
         ]
 
 
-def auroc_pairs(evidence: Sequence[ChannelEvidence], structure: str) -> Pairs:
-    """AUROC of the channel and of each comparator, in each scan that has the structure."""
+def means_of_others(evidence: Sequence[ChannelEvidence]) -> list[dict[str, CellValues3d]]:
+    """For each scan, the channel's mean maps over the other scans, by name; none for one scan."""
+    boxes = [one.box for one in evidence]
+    found = []
+    for number, box in enumerate(boxes):
+        others = boxes[:number] + boxes[number + 1 :]
+        cells = [kept_cells(size) for size in box.shape]
+        means = mean_maps(others, box.shape, cells) if others else {}
+        found.append({f"{MEAN_MAP} {name}".rstrip(): mean for name, mean in means.items()})
+    return found
+
+
+def auroc_pairs(
+    evidence: Sequence[ChannelEvidence], structure: str, means: Sequence[Mapping[str, CellValues3d]]
+) -> Pairs:
+    """AUROC of the channel and of each comparator, in each scan that has the structure.
+
+    Args:
+        evidence: the evidence of each scan.
+        structure: name of the structure.
+        means: mean maps from `means_of_others`.
+    """
     pairs: Pairs = {}
     for one in evidence:
         scores = one.aurocs.get(structure, {})
         for name, score in scores.items():
             if name != "map" and not math.isnan(score):
                 pairs.setdefault(name, []).append((scores["map"], score))
-    pairs[MEAN_MAP] = _with_mean_maps(evidence, structure)
+    for one, of_others in zip(evidence, means, strict=True):
+        if (inside := one.inside.get(structure)) is None:
+            continue
+        for name, mean in of_others.items():
+            known = np.isfinite(mean) & np.isfinite(one.box.values)
+            own, other = (
+                auroc(Ranked.of(values[known]), inside[known]) for values in (one.box.values, mean)
+            )
+            if math.isfinite(own) and math.isfinite(other):
+                pairs.setdefault(name, []).append((own, other))
     return pairs
 
 
@@ -88,25 +117,6 @@ def gains_in_auroc(pairs: Pairs, direction: Direction) -> list[Compared]:
 def _margins(scores: Iterable[float]) -> list[float]:
     """By how much an AUROC must be higher than each of these of a comparator."""
     return [min(AUROC_MARGIN, ERROR_MARGIN * (1 - one)) for one in scores]
-
-
-def _with_mean_maps(
-    evidence: Sequence[ChannelEvidence], structure: str
-) -> list[tuple[float, float]]:
-    """AUROC of the channel in each scan, and AUROC of its mean map over the other scans."""
-    found = []
-    boxes = [one.box for one in evidence]
-    for number, one in enumerate(evidence):
-        inside = one.inside.get(structure)
-        others = boxes[:number] + boxes[number + 1 :]
-        if inside is None or not others:
-            continue
-        mean = mean_map(others, one.box.shape)
-        known = np.isfinite(mean) & np.isfinite(one.box)
-        scores = [auroc(Ranked.of(box[known]), inside[known]) for box in (one.box, mean)]
-        if not np.isnan(scores).any():
-            found.append((scores[0], scores[1]))
-    return found
 
 
 def gains_in_deletion(

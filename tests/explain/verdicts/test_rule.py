@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from segkit.explain.measures.measure_maps import FOREGROUND
+from segkit.explain.verdicts.comparators import ThinnedMap
 from segkit.explain.verdicts.deletion import DeletionCurve
 from segkit.explain.verdicts.evidence import (
     EARLIER,
@@ -49,7 +50,7 @@ def channel(
         {"a": {"map": auroc, **(COMPARED if compared is None else compared)}},
         curves,
         tuple(correlations),
-        box.reshape(10, 20, 1),
+        ThinnedMap(box.reshape(10, 20, 1), (10, 20, 1)),
         {"a": inside.reshape(10, 20, 1)},
     )
 
