@@ -17,15 +17,22 @@ MakeCase = Callable[[np.random.Generator, tuple[int, ...]], tuple[list[ndarray],
 
 
 def block(random: np.random.Generator, shape: tuple[int, ...], spread: int = 99) -> ndarray:
-    """A block of whole cells of 4 voxels at a random place; in 2D it extends through all slices."""
+    """A block of whole cells of 4 voxels at a random place; in 2D, another one in each slice."""
+    if shape[2] <= 4:
+        slices = [_block(random, shape[:2], spread) for _ in range(shape[2])]
+        return np.stack(slices, axis=2)
+    return _block(random, shape, spread)
+
+
+def _block(random: np.random.Generator, shape: tuple[int, ...], spread: int) -> ndarray:
+    """A block at a random place of an image, at most `spread` voxels from its middle."""
     inside = np.zeros(shape, bool)
-    dims = 3 if shape[2] > 4 else 2
     low = []
-    for size in shape[:dims]:
+    for size in shape:
         room, centre = size - 4 * 2, (size - 4) // 2
         first = random.integers(max(0, centre - spread), min(room, centre + spread) + 1)
         low.append(int(first) // 2 * 2)
-    long = int(random.integers(0, dims))
+    long = int(random.integers(0, len(shape)))
     box = tuple(slice(first, first + (8 if axis == long else 4)) for axis, first in enumerate(low))
     inside[box] = True
     return inside

@@ -5,14 +5,18 @@ voxels that it covers. Measuring on this grid counts each map value once. On the
 value would be interpolated and counted hundreds of times.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
 from numpy import ndarray
+from scipy.ndimage import maximum_filter, minimum_filter
 
 from segkit.geometry.grid import Grid, Orientation, are_sheared
 from segkit.io.volume import Volume
+
+THINNED = 2**20
+"""About so many voxels are counted to find the most common value of a channel."""
 
 
 class Cells:
@@ -75,11 +79,14 @@ def seen_part(values: ndarray, grid: Grid, seen: Grid) -> ndarray:
     return orientation.turn(values)[box]
 
 
-def pictures(scan: Volume, seen: Grid, channels: list[str]) -> Mapping[str, ndarray]:
+def pictures(
+    scan: Volume, seen: Grid, channels: list[str], *, across: int | None = None
+) -> Mapping[str, ndarray]:
     """The baselines that a map is compared with: intensity and its gradient, by name.
 
     They hold raw intensities and gradient magnitudes per mm, on the part that the network
-    processed. If the scan has several channels, each has its own two baselines, named after it.
+    processed. If the scan has several channels, each has its own two baselines, named after it. The
+    gradient lies within slices if `across` is the axis across them.
     """
     parts = seen_part(scan.data.reshape(*scan.grid.shape, -1), scan.grid, seen)
     found: dict[str, ndarray] = {}
@@ -87,14 +94,39 @@ def pictures(scan: Volume, seen: Grid, channels: list[str]) -> Mapping[str, ndar
         values = np.array(parts[..., number], np.float32)
         named = f" of {channel}" if len(channels) > 1 else ""
         found[f"intensity{named}"] = values
-        found[f"gradient{named}"] = gradient_length(values, seen.spacing, seen.directions)
+        found[f"gradient{named}"] = gradient_length(
+            values, seen.spacing, seen.directions, across=across
+        )
     return found
+
+
+def constant_background(
+    channels: Sequence[Float[ndarray, "x y z"]],
+) -> Bool[ndarray, "x y z"]:
+    """The voxels of regions in which every channel has its most common value, such as air of 0.
+
+    A region is a union of windows of 3 voxels along each axis. So a voxel of the body that happens
+    to have this value does not belong to one.
+
+    Args:
+        channels: the intensities of each channel.
+    """
+    background = np.ones(channels[0].shape, bool)
+    for image in channels:
+        thinned = image.ravel()[:: max(1, image.size // THINNED)]
+        values, counts = np.unique(thinned, return_counts=True)
+        background &= image == values[counts.argmax()]
+    inner = minimum_filter(background, 3, mode="nearest")
+    regions: ndarray = maximum_filter(inner, 3, mode="nearest")
+    return regions
 
 
 def gradient_length(
     values: Float[ndarray, "x y z"],
     spacing: tuple[float, float, float],
     directions: Float[ndarray, "axis world"] | None = None,
+    *,
+    across: int | None = None,
 ) -> Float[ndarray, "x y z"]:
     """Gradient magnitude per mm, by central differences. Axes with one voxel are left out.
 
@@ -103,9 +135,10 @@ def gradient_length(
         spacing: distance between voxels along each axis, in mm.
         directions: unit vector along each axis; at right angles if None. A slope along an axis is
             the gradient in the world times this vector.
+        across: an axis that is also left out, such as the one across slices.
     """
+    axes = [axis for axis, size in enumerate(values.shape) if size > 1 and axis != across]
     if directions is not None and are_sheared(directions):
-        axes = [axis for axis, size in enumerate(values.shape) if size > 1]
         slopes = [np.gradient(values, spacing[axis], axis=axis) for axis in axes]
         if not slopes:
             return np.zeros_like(values)
@@ -113,7 +146,6 @@ def gradient_length(
         gradient: ndarray = np.linalg.norm(np.tensordot(in_world, np.stack(slopes), axes=1), axis=0)
         return gradient
     squares = np.zeros_like(values)
-    for axis, step in enumerate(spacing):
-        if values.shape[axis] > 1:
-            squares += np.gradient(values, step, axis=axis) ** 2
+    for axis in axes:
+        squares += np.gradient(values, spacing[axis], axis=axis) ** 2
     return np.sqrt(squares)

@@ -7,18 +7,25 @@
   value, the difference of two smoothings, its distance from the structure's own median, its texture
   in each direction, and its entropy;
 - the same gate of several untrained networks (`untrained`);
-- the mean map of other scans, cell by cell of the processed part of each scan (`mean_map`).
+- the mean map of other scans, cell by cell of the processed part of each scan (`mean_maps`).
 
 Each comparator is used in both directions, with high values first and with low values first,
 because inverting a map needs no training either.
+
+A 2D network sees one slice at a time. Its maps are compared with functions of single slices:
+nothing is smoothed or compared across them. A convolution counts voxels, not mm. So if cells are
+longer along one axis, each Gaussian is used twice: as wide in mm along each axis, and as wide in
+cells.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from numpy import ndarray
 from scipy import stats
 from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter, uniform_filter
@@ -66,36 +73,99 @@ MOST_CELLS = 2**17
 this size is used."""
 RANKED_AT_ONCE = 2**20
 """About so many cells of comparators are held in memory and ranked in one step."""
+SAME_PITCH = 0.01
+"""Cells count as equally long along all axes if their lengths differ by at most this share."""
 BOX_CELLS = 32
 """Largest number of cells kept along each axis of a map, to compare it with other scans."""
+BEYOND_WEIGHT = 1e-6
+"""Weight of a map's outermost cell beyond its end. It counts only if no other map has the cell."""
+ALIGNMENTS: dict[str, Callable[[ndarray, int, int], ndarray]] = {
+    "": lambda cells, own, other: (cells + 0.5) * other / own - 0.5,
+    "from the low corner": lambda cells, own, other: cells,
+    "from the high corner": lambda cells, own, other: cells + other - own,
+    "from the centre": lambda cells, own, other: cells + (other - own) / 2,
+}
+"""For each alignment of two maps: the positions of cells of one map, whose axis has `own` cells, on
+the axis of another map with `other` cells. The first one aligns both ends of the axis."""
 
 AXES = "xyz"
 
 CellValues3d = Float[ndarray, "x y z"]
 
 
-class _Smooth:
-    """A Gaussian on a map's grid, whose width counts cells along the finest axis."""
+class ThinnedMap(NamedTuple):
+    """A channel of a map, thinned by `boxed`."""
 
-    def __init__(self, grid: Grid) -> None:
-        pitches = [pitch for pitch, size in zip(grid.spacing, grid.shape, strict=True) if size > 1]
-        finest = min(pitches or grid.spacing)
-        self.scales = [
-            finest / pitch if size > 1 else 0.0
-            for pitch, size in zip(grid.spacing, grid.shape, strict=True)
-        ]
+    values: CellValues3d
+    shape: tuple[int, ...]
+    """Shape of the map before it was thinned."""
 
-    def __call__(self, values: CellValues3d, width: float) -> CellValues3d:
-        """The values smoothed over `width` cells; unchanged if it is 0."""
-        if not width:
+
+@dataclass(frozen=True)
+class _Gaussian:
+    """A Gaussian filter on a map's grid."""
+
+    name: str
+    """The end of the name of a comparator that it smoothed."""
+    sigma: tuple[float, ...]
+    """Standard deviations in cells along each axis; all 0 if nothing is smoothed."""
+
+    def __call__(self, values: CellValues3d) -> CellValues3d:
+        """The smoothed values."""
+        if not any(self.sigma):
             return values
-        sigma = [width * scale for scale in self.scales]
-        smooth: ndarray = gaussian_filter(values, sigma, mode="nearest")
+        smooth: ndarray = gaussian_filter(values, self.sigma, mode="nearest")
         return smooth
 
 
+class _Smoothing:
+    """The Gaussians on a map's grid. Their width counts cells along the finest axis.
+
+    They are as wide in mm along each axis. If cells are longer along one axis, there are others
+    that are as wide in cells.
+
+    Args:
+        grid: the map's grid.
+        across: the axis across the slices of a 2D network, which is not smoothed; None in 3D.
+    """
+
+    def __init__(self, grid: Grid, across: int | None) -> None:
+        used = [size > 1 and axis != across for axis, size in enumerate(grid.shape)]
+        finest = min(itertools.compress(grid.spacing, used), default=1.0)
+        in_mm = tuple(
+            finest / pitch if smooth else 0.0
+            for pitch, smooth in zip(grid.spacing, used, strict=True)
+        )
+        in_cells = tuple(map(float, used))
+        self.scales = {"": in_mm}
+        """For each kind of Gaussian, its width along each axis if its width is 1."""
+        if not np.allclose(in_mm, in_cells, atol=SAME_PITCH):
+            self.scales[" along each axis"] = in_cells
+
+    def over(self, widths: Sequence[float]) -> list[_Gaussian]:
+        """The Gaussians of each kind and width."""
+        return [
+            _Gaussian(
+                f" smoothed over {width:g} cells{kind}" if width else "",
+                tuple(width * one for one in scale),
+            )
+            for kind, scale in self.scales.items()
+            for width in widths
+            if width or not kind
+        ]
+
+    def pairs(self, widths: Sequence[float]) -> Iterator[tuple[str, _Gaussian, _Gaussian]]:
+        """Two Gaussians of one kind and of different widths, with their names."""
+        for kind, scale in self.scales.items():
+            for pair in itertools.combinations(widths, 2):
+                fine, coarse = (
+                    _Gaussian("", tuple(width * one for one in scale)) for width in pair
+                )
+                yield f"of {pair[0]:g} and {pair[1]:g} cells{kind}", fine, coarse
+
+
 def image_comparators(
-    pictures: Mapping[str, CellValues3d], cells: Cells, grid: Grid
+    pictures: Mapping[str, CellValues3d], cells: Cells, grid: Grid, *, across: int | None = None
 ) -> Iterator[tuple[str, CellValues3d]]:
     """The comparators that come from the scan's intensity, on a map's cells, each with its name.
 
@@ -106,36 +176,36 @@ def image_comparators(
             `segkit.explain.measures.cells.pictures`.
         cells: the map's cells.
         grid: the map's grid.
+        across: the axis across the slices that a 2D network sees; None for a 3D network.
     """
-    smoothed = _Smooth(grid)
+    smoothing = _Smoothing(grid, across)
     for name, image in pictures.items():
         covered = cells.mean(image).astype(np.float64)
         yield name, covered
         if not name.startswith("intensity"):
             continue
-        for width in SMOOTHING_WIDTHS:
-            yield name + _over(width), smoothed(covered, width)
+        for gaussian in smoothing.over(SMOOTHING_WIDTHS):
+            yield name + gaussian.name, gaussian(covered)
         for count in BOX_WIDTHS:
-            sizes = [min(count, size) for size in grid.shape]
-            yield f"{name} averaged over {count} cells", uniform_filter(covered, sizes)
-        for width in EDGE_WIDTHS:
-            edges = gradient_length(smoothed(covered, width), grid.spacing, grid.directions)
-            yield name.replace("intensity", "gradient") + _over(width), edges
+            boxes = uniform_filter(covered, _window(count, grid.shape, across))
+            yield f"{name} averaged over {count} cells", boxes
+        for gaussian in smoothing.over(EDGE_WIDTHS):
+            edges = gradient_length(gaussian(covered), grid.spacing, grid.directions, across=across)
+            yield name.replace("intensity", "gradient") + gaussian.name, edges
         of = name.removeprefix("intensity")
-        yield from _other_functions(of, image, cells, smoothed)
-        yield from _textures(of, image, cells, smoothed)
-        for fine, coarse in itertools.combinations(CONTRAST_WIDTHS, 2):
-            difference = smoothed(covered, fine) - smoothed(covered, coarse)
-            yield f"contrast{of} of {fine:g} and {coarse:g} cells", difference
+        yield from _other_functions(of, image, cells, smoothing, across)
+        yield from _textures(of, image, cells, smoothing, across)
+        for widths, fine, coarse in smoothing.pairs(CONTRAST_WIDTHS):
+            yield f"contrast{of} {widths}", fine(covered) - coarse(covered)
 
 
-def _over(width: float) -> str:
-    """The end of the name of a comparator that is smoothed over a number of cells."""
-    return f" smoothed over {width:g} cells" if width else ""
+def _window(count: int, shape: Sequence[int], across: int | None) -> list[int]:
+    """The size of a window of `count` elements along each axis, but 1 across the slices."""
+    return [1 if axis == across else min(count, size) for axis, size in enumerate(shape)]
 
 
 def _other_functions(
-    of: str, image: CellValues3d, cells: Cells, smoothed: _Smooth
+    of: str, image: CellValues3d, cells: Cells, smoothing: _Smoothing, across: int | None
 ) -> Iterator[tuple[str, CellValues3d]]:
     """Ranks, extremes, deviation and entropy of one channel's intensity, on a map's cells.
 
@@ -143,9 +213,10 @@ def _other_functions(
         of: the end of a name, which names the channel of a scan with several ones.
         image: the intensity on the voxels that the network processed.
         cells: the map's cells.
-        smoothed: smooths values on the map's grid.
+        smoothing: the Gaussians on the map's grid.
+        across: the axis across the slices that a 2D network sees; None for a 3D network.
     """
-    size = [min(3, count) for count in image.shape]
+    size = _window(3, image.shape, across)
     centred = image - np.float32(image.mean())
     mean, square = (cells.mean(one).astype(np.float64) for one in (centred, centred**2))
     ranked = _ranked(image)
@@ -158,28 +229,28 @@ def _other_functions(
         f"minimum{of} over 3 voxels": cells.mean(minimum_filter(image, size)),
         f"deviation{of} over 3 voxels": cells.mean(_deviation(centred, size)),
     }
-    for width in OTHER_WIDTHS:
-        variance = smoothed(square, width) - smoothed(mean, width) ** 2
-        yield f"deviation{of}{_over(width)}", np.sqrt(np.maximum(variance, 0))
-        yield f"entropy{of}{_over(width)}", _entropy([smoothed(share, width) for share in bins])
+    for gaussian in smoothing.over(OTHER_WIDTHS):
+        variance = gaussian(square) - gaussian(mean) ** 2
+        yield f"deviation{of}{gaussian.name}", np.sqrt(np.maximum(variance, 0))
+        yield f"entropy{of}{gaussian.name}", _entropy([gaussian(share) for share in bins])
         for name, values in functions.items():
-            yield name + _over(width), smoothed(values.astype(np.float64), width)
+            yield name + gaussian.name, gaussian(values.astype(np.float64))
 
 
 def _textures(
-    of: str, image: CellValues3d, cells: Cells, smoothed: _Smooth
+    of: str, image: CellValues3d, cells: Cells, smoothing: _Smoothing, across: int | None
 ) -> Iterator[tuple[str, CellValues3d]]:
     """The texture of one channel in each direction, and its share of all directions."""
     textures = {
         along: cells.mean(squares).astype(np.float64)
-        for along, squares in squared_differences(image).items()
+        for along, squares in squared_differences(image, across=across).items()
     }
-    for width in TEXTURE_WIDTHS:
-        local = {along: smoothed(values, width) for along, values in textures.items()}
+    for gaussian in smoothing.over(TEXTURE_WIDTHS):
+        local = {along: gaussian(values) for along, values in textures.items()}
         total = np.maximum(sum(local.values()), np.finfo(np.float64).tiny)
         for along, values in local.items():
-            yield f"texture{of} along {along}{_over(width)}", values
-            yield f"texture{of} along {along}, of all directions{_over(width)}", values / total
+            yield f"texture{of} along {along}{gaussian.name}", values
+            yield f"texture{of} along {along}, of all directions{gaussian.name}", values / total
 
 
 def closeness_comparators(
@@ -187,6 +258,8 @@ def closeness_comparators(
     inside: Bool[ndarray, "x y z"],
     cells: Cells,
     grid: Grid,
+    *,
+    across: int | None = None,
 ) -> dict[str, CellValues3d]:
     """How close the intensity is to a structure's median, on a map's cells, by name.
 
@@ -198,21 +271,22 @@ def closeness_comparators(
         inside: the voxels of the structure.
         cells: the map's cells.
         grid: the map's grid.
+        across: as for `image_comparators`.
     """
     found: dict[str, CellValues3d] = {}
     if not inside.any():
         return found
-    smoothed = _Smooth(grid)
+    gaussians = _Smoothing(grid, across).over(OTHER_WIDTHS)
     for name, image in pictures.items():
         if not name.startswith("intensity"):
             continue
         median = np.median(image[inside])
         away = cells.mean(np.abs(image - median)).astype(np.float64)
         covered = cells.mean(image).astype(np.float64)
-        for width in OTHER_WIDTHS:
-            named = f"{name.replace('intensity', 'closeness')} to the median{_over(width)}"
-            found[named] = -smoothed(away, width)
-            found[f"{named} before"] = -np.abs(smoothed(covered, width) - median)
+        for gaussian in gaussians:
+            named = f"{name.replace('intensity', 'closeness')} to the median{gaussian.name}"
+            found[named] = -gaussian(away)
+            found[f"{named} before"] = -np.abs(gaussian(covered) - median)
     return found
 
 
@@ -223,14 +297,16 @@ def _deviation(image: Float[ndarray, "x y z"], size: Sequence[int]) -> Float[nda
     return deviation
 
 
-def squared_differences(image: Float[ndarray, "x y z"]) -> dict[str, Float[ndarray, "x y z"]]:
+def squared_differences(
+    image: Float[ndarray, "x y z"], *, across: int | None = None
+) -> dict[str, Float[ndarray, "x y z"]]:
     """For each direction, the mean squared difference between each voxel and its two neighbours.
 
     It is a variogram at one voxel of distance (Matheron 1963, doi:10.2113/gsecongeo.58.8.1246). The
     directions are the axes, named x, y and z, and the diagonals of two axes, such as "x and -y".
-    Axes with one voxel are left out.
+    Axes with one voxel are left out, and so is the axis `across` slices.
     """
-    axes = [axis for axis, size in enumerate(image.shape) if size > 1]
+    axes = [axis for axis, size in enumerate(image.shape) if size > 1 and axis != across]
     directions: dict[str, dict[int, int]] = {AXES[axis]: {axis: 1} for axis in axes}
     for first, second in itertools.combinations(axes, 2):
         directions[f"{AXES[first]} and {AXES[second]}"] = {first: 1, second: 1}
@@ -348,37 +424,69 @@ def in_batches(
         yield batch
 
 
+def kept_cells(size: int) -> Integer[ndarray, " cells"]:
+    """The cells of an axis that `boxed` keeps: at most `BOX_CELLS`, evenly spaced."""
+    count = min(size, BOX_CELLS)
+    cells: ndarray = ((np.arange(count) + 0.5) * size / count).astype(int)
+    return cells
+
+
 def boxed(values: ndarray) -> ndarray:
     """An array on a map's grid, thinned to at most `BOX_CELLS` cells along each axis."""
     for axis, size in enumerate(values.shape):
-        count = min(size, BOX_CELLS)
-        chosen = ((np.arange(count) + 0.5) * size / count).astype(int)
-        values = values.take(chosen, axis=axis)
+        values = values.take(kept_cells(size), axis=axis)
     return values
 
 
-def mean_map(others: Sequence[CellValues3d], shape: tuple[int, ...]) -> CellValues3d:
-    """The mean of thinned maps of other scans, resampled to a grid of the given shape.
+def mean_maps(
+    others: Sequence[ThinnedMap],
+    shape: Sequence[int],
+    cells: Sequence[Integer[ndarray, " cells"]],
+) -> dict[str, CellValues3d]:
+    """The mean of thinned maps of other scans at cells of a scan, for each alignment.
 
-    The maps are aligned by the ends of their axes. NaN cells are left out of the mean; the mean is
-    NaN if a cell is NaN in all maps.
+    A network has no coordinates of the body: a fixed place is so many cells from an end of the
+    image, or from its middle. So if a map has another shape, there are four alignments: the ends of
+    all axes (''), and the low corner, the high corner and the centre of the boxes, in cells.
+
+    NaN cells are left out of the mean; the mean is NaN if a cell is NaN in all maps. Beyond the end
+    of a map, its outermost cell counts only if no other map has the cell.
 
     Args:
-        others: maps from `boxed`.
-        shape: shape of the result.
+        others: the maps. Not empty.
+        shape: shape of the scan's map before it was thinned.
+        cells: for each axis, the cells of the scan's map at which the mean is computed.
     """
-    total, count = np.zeros(shape), np.zeros(shape)
-    for values in others:
-        if values.shape != shape:
-            positions = [
-                (np.arange(size) + 0.5) * old / size - 0.5
-                for size, old in zip(shape, values.shape, strict=True)
-            ]
-            held = torch.from_numpy(np.ascontiguousarray(values, np.float64))[None]
-            values = resample_known(held, positions)[0].numpy()
+    same = all(tuple(other.shape) == tuple(shape) for other in others)
+    return {
+        name: _mean_map(others, shape, cells, place)
+        for name, place in ALIGNMENTS.items()
+        if not (name and same)
+    }
+
+
+def _mean_map(
+    others: Sequence[ThinnedMap],
+    shape: Sequence[int],
+    cells: Sequence[Integer[ndarray, " cells"]],
+    place: Callable[[ndarray, int, int], ndarray],
+) -> CellValues3d:
+    """The mean of maps in one alignment; see `mean_maps`."""
+    size = tuple(len(along) for along in cells)
+    total, weights = np.zeros(size), np.zeros(size)
+    for other in others:
+        positions, weight = [], np.ones(size)
+        for axis, (along, own, old) in enumerate(zip(cells, shape, other.shape, strict=True)):
+            there = place(along, own, old)
+            kept = kept_cells(old)
+            positions.append(np.interp(there, kept, np.arange(len(kept))))
+            beyond = (there < -0.5) | (there > old - 0.5)
+            weight[(slice(None),) * axis + (beyond,)] = BEYOND_WEIGHT
+        held = torch.from_numpy(np.ascontiguousarray(other.values, np.float64))[None]
+        values = resample_known(held, positions)[0].numpy()
         known = np.isfinite(values)
-        total[known] += values[known]
-        count += known
-    mean = np.full(shape, np.nan)
-    np.divide(total, count, out=mean, where=count > 0)
+        total[known] += (weight * values)[known]
+        weights += weight * known
+    mean = np.full(size, np.nan)
+    np.divide(total, weights, out=mean, where=weights > 0)
     return mean

@@ -8,7 +8,8 @@ channel of each gate and for each structure, it contains:
   each other);
 - aurocs: AUROC of the channel and of each comparator on the same cells;
 - areas: area under the deletion curve, for the channel in both orders and for comparators;
-- correlations: |ρ| with the same channel of untrained networks.
+- correlations: |ρ| with the same channel of untrained networks, without cells of constant
+  background.
 """
 
 import itertools
@@ -23,19 +24,20 @@ from numpy import ndarray
 from segkit.config.labels import Labelling
 from segkit.data.label_numbers import volume_within
 from segkit.explain.heads.study import ScoredVolume, check_case, on_one_grid
-from segkit.explain.measures.cells import Cells, pictures, seen_part
+from segkit.explain.measures.cells import Cells, constant_background, pictures, seen_part
 from segkit.explain.measures.measure_maps import FOREGROUND, HALF, measured_structures
 from segkit.explain.measures.ranks import Ranked, spearman
 from segkit.explain.verdicts.ablation import ablated_maps, class_dice, replace_channels_by_mean
 from segkit.explain.verdicts.comparators import (
     CellValues3d,
     Sides,
+    ThinnedMap,
     boxed,
     closeness_comparators,
     deleted_comparators,
     image_comparators,
     in_batches,
-    mean_map,
+    mean_maps,
 )
 from segkit.explain.verdicts.deletion import (
     FRACTIONS,
@@ -81,8 +83,9 @@ class ChannelEvidence:
     """For each order, the deletion curve of each structure. The order of a comparator begins with
     its high or low values, whichever localise the predicted structures better."""
     correlations: tuple[float, ...]
-    """|ρ| with the channel of each untrained network; NaN if either map is constant."""
-    box: CellValues3d
+    """|ρ| with the channel of each untrained network, without cells of constant background; NaN if
+    either map is constant."""
+    box: ThinnedMap
     """The channel, thinned by `boxed`; NaN for cells that do not count."""
     inside: Mapping[str, ndarray]
     """For each structure, whether each cell of `box` lies in it."""
@@ -276,9 +279,12 @@ class _Shared:
         prepared = predictor.prepare(volume)
         self.image, self.grid, self.seen = prepared.image, prepared.grid, prepared.source
         self.seed = seed
-        self.pictures = pictures(volume, self.seen, list(described.channels))
+        self.across = described.axis_across
+        self.pictures = pictures(volume, self.seen, list(described.channels), across=self.across)
         true = seen_part(truth.data, volume.grid, self.seen)
         predicted = seen_part(labels.data, volume.grid, self.seen)
+        intensities = [one for name, one in self.pictures.items() if name.startswith("intensity")]
+        self.background = constant_background(intensities)
         self.structures = {name: np.isin(true, numbers) for name, numbers in structures.items()}
         # The prediction has all structures, whatever is labelled in the reference.
         self.predicted = np.isin(
@@ -341,14 +347,18 @@ class _MapGrid:
         if shared.unlabelled is not None:
             unlabelled = cells.mean(shared.unlabelled.astype(np.float32))
             self.counted = self.counted & (unlabelled == 0)
+        # Cells of which every voxel is constant background.
+        self.background = cells.mean((~shared.background).astype(np.float32)) == 0
         self.inside = {
             name: cells.mean(mask.astype(np.float32)) >= HALF
             for name, mask in shared.structures.items()
         }
         self.predicted = cells.mean(shared.predicted.astype(np.float32)) >= HALF
-        self.make_images = partial(image_comparators, shared.pictures, cells, grid)
+        self.make_images = partial(
+            image_comparators, shared.pictures, cells, grid, across=shared.across
+        )
         self.make_closeness = partial(
-            closeness_comparators, shared.pictures, cells=cells, grid=grid
+            closeness_comparators, shared.pictures, cells=cells, grid=grid, across=shared.across
         )
         self.images: dict[bytes, _Images] = {}
         self.blocks = Blocks.of(grid, shared.grid)
@@ -358,7 +368,7 @@ class _MapGrid:
         self,
         values: CellValues3d,
         untrained: Sequence[CellValues3d],
-        earlier: Sequence[CellValues3d],
+        earlier: Sequence[ThinnedMap],
         drops: Mapping[str, tuple[float, ...]],
     ) -> ChannelEvidence:
         """The evidence on a channel.
@@ -366,7 +376,7 @@ class _MapGrid:
         Args:
             values: the channel.
             untrained: the same channel of untrained networks.
-            earlier: the same channel in other scans, thinned by `boxed`.
+            earlier: the same channel in other scans.
             drops: the falls of Dice without the channel, by structure.
         """
         counted = self.counted & np.isfinite(values)
@@ -376,16 +386,19 @@ class _MapGrid:
             name: {"map": sides.auroc(values), **images.scores[name], **sides.aurocs(draws)}
             for name, sides in images.sides.items()
         }
-        own = Ranked.of(values[counted].astype(np.float64))
+        # Nearly every network separates air from the body, so air would decide the correlation.
+        body = counted & ~self.background
+        ranked = body if body.any() else counted
+        own = Ranked.of(values[ranked].astype(np.float64))
         correlations = [
-            abs(spearman(own, Ranked.of(one[counted].astype(np.float64)))) for one in untrained
+            abs(spearman(own, Ranked.of(one[ranked].astype(np.float64)))) for one in untrained
         ]
         return ChannelEvidence(
             drops,
             aurocs,
             self._curves(values, images, draws, earlier) if counted.any() else {},
             tuple(correlations),
-            boxed(np.where(counted, values, np.nan)),
+            ThinnedMap(boxed(np.where(counted, values, np.nan)), values.shape),
             {name: boxed(inside) for name, inside in self.inside.items()},
         )
 
@@ -412,7 +425,7 @@ class _MapGrid:
         values: CellValues3d,
         images: _Images,
         draws: Mapping[str, CellValues3d],
-        earlier: Sequence[CellValues3d],
+        earlier: Sequence[ThinnedMap],
     ) -> dict[str, Sequence[DeletionCurve]]:
         """Deletion curves of each structure, by order.
 
@@ -432,7 +445,9 @@ class _MapGrid:
         of_images = set(others)
         others |= dict(list(draws.items())[:DELETED_DRAWS])
         if earlier:
-            others[EARLIER] = mean_map(earlier, values.shape)
+            means = mean_maps(earlier, values.shape, [np.arange(size) for size in values.shape])
+            shown = images.predicted.aurocs({n: np.nan_to_num(one) for n, one in means.items()})
+            others[EARLIER] = means[max(shown, key=lambda n: np.nan_to_num(abs(shown[n] - 0.5)))]
         for name, one in others.items():
             inverted = images.predicted.auroc(np.nan_to_num(one)) < 0.5
             orders[name] = -one if inverted else one

@@ -6,7 +6,7 @@ the order of the map.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from segkit.explain.measures.ranks import Ranked
 from segkit.explain.measures.statistics import auroc
-from segkit.explain.verdicts.comparators import mean_map
-from segkit.explain.verdicts.evidence import HIGH_FIRST, LOW_FIRST, ChannelEvidence
+from segkit.explain.verdicts.comparators import CellValues3d, kept_cells, mean_maps
+from segkit.explain.verdicts.evidence import HIGH_FIRST, LOW_FIRST, UNTRAINED, ChannelEvidence
 
 Direction = Literal["lets through", "shuts out"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -57,15 +57,44 @@ class Compared:
         ]
 
 
-def auroc_pairs(evidence: Sequence[ChannelEvidence], structure: str) -> Pairs:
-    """AUROC of the channel and of each comparator, in each scan that has the structure."""
+def means_of_others(evidence: Sequence[ChannelEvidence]) -> list[dict[str, CellValues3d]]:
+    """For each scan, the channel's mean maps over the other scans, by name; none for one scan."""
+    boxes = [one.box for one in evidence]
+    found = []
+    for number, box in enumerate(boxes):
+        others = boxes[:number] + boxes[number + 1 :]
+        cells = [kept_cells(size) for size in box.shape]
+        means = mean_maps(others, box.shape, cells) if others else {}
+        found.append({f"{MEAN_MAP} {name}".rstrip(): mean for name, mean in means.items()})
+    return found
+
+
+def auroc_pairs(
+    evidence: Sequence[ChannelEvidence], structure: str, means: Sequence[Mapping[str, CellValues3d]]
+) -> Pairs:
+    """AUROC of the channel and of each comparator, in each scan that has the structure.
+
+    Args:
+        evidence: the evidence of each scan.
+        structure: name of the structure.
+        means: mean maps from `means_of_others`.
+    """
     pairs: Pairs = {}
     for one in evidence:
         scores = one.aurocs.get(structure, {})
         for name, score in scores.items():
             if name != "map" and not math.isnan(score):
                 pairs.setdefault(name, []).append((scores["map"], score))
-    pairs[MEAN_MAP] = _with_mean_maps(evidence, structure)
+    for one, of_others in zip(evidence, means, strict=True):
+        if (inside := one.inside.get(structure)) is None:
+            continue
+        for name, mean in of_others.items():
+            known = np.isfinite(mean) & np.isfinite(one.box.values)
+            own, other = (
+                auroc(Ranked.of(values[known]), inside[known]) for values in (one.box.values, mean)
+            )
+            if math.isfinite(own) and math.isfinite(other):
+                pairs.setdefault(name, []).append((own, other))
     return pairs
 
 
@@ -79,30 +108,15 @@ def gains_in_auroc(pairs: Pairs, direction: Direction) -> list[Compared]:
                 turned_auroc(own, direction) - one
                 for (own, _), one in zip(found, scores, strict=True)
             ]
-            margins = [min(AUROC_MARGIN, ERROR_MARGIN * (1 - one)) for one in scores]
             if found:
                 shown_name = name + ", inverted" * turned
-                compared.append(Compared(shown_name, tuple(gains), tuple(margins)))
+                compared.append(Compared(shown_name, tuple(gains), tuple(_margins(scores))))
     return compared
 
 
-def _with_mean_maps(
-    evidence: Sequence[ChannelEvidence], structure: str
-) -> list[tuple[float, float]]:
-    """AUROC of the channel in each scan, and AUROC of its mean map over the other scans."""
-    found = []
-    boxes = [one.box for one in evidence]
-    for number, one in enumerate(evidence):
-        inside = one.inside.get(structure)
-        others = boxes[:number] + boxes[number + 1 :]
-        if inside is None or not others:
-            continue
-        mean = mean_map(others, one.box.shape)
-        known = np.isfinite(mean) & np.isfinite(one.box)
-        scores = [auroc(Ranked.of(box[known]), inside[known]) for box in (one.box, mean)]
-        if not np.isnan(scores).any():
-            found.append((scores[0], scores[1]))
-    return found
+def _margins(scores: Iterable[float]) -> list[float]:
+    """By how much an AUROC must be higher than each of these of a comparator."""
+    return [min(AUROC_MARGIN, ERROR_MARGIN * (1 - one)) for one in scores]
 
 
 def gains_in_deletion(
@@ -121,6 +135,29 @@ def gains_in_deletion(
     return [
         Compared(name, tuple(found), (AREA_MARGIN,) * len(found)) for name, found in gains.items()
     ]
+
+
+def gains_over_draws(
+    evidence: Sequence[ChannelEvidence], structure: str, direction: Direction
+) -> Compared:
+    """The gains of the channel's AUROC over that of untrained networks, as their mean.
+
+    Each untrained network is used in the direction in which it shows the structure over all scans,
+    because the sign of random weights is arbitrary.
+    """
+    own, drawn = [], []
+    for one in evidence:
+        scores = one.aurocs.get(structure, {})
+        draws = [score for name, score in scores.items() if name.startswith(UNTRAINED)]
+        if draws and np.isfinite([scores["map"], *draws]).all():
+            own.append(turned_auroc(scores["map"], direction))
+            drawn.append(draws)
+    if not drawn:
+        return Compared(UNTRAINED, (), ())
+    scans = np.array(drawn)
+    turned = np.where(scans.mean(axis=0) < 0.5, 1 - scans, scans).mean(axis=1).tolist()
+    gains = [mine - other for mine, other in zip(own, turned, strict=True)]
+    return Compared(UNTRAINED, tuple(gains), tuple(_margins(turned)))
 
 
 def turned_auroc(score: float, direction: Direction) -> float:

@@ -18,6 +18,7 @@ from segkit.explain.verdicts.gains import (
     Pairs,
     gains_in_auroc,
     gains_in_deletion,
+    gains_over_draws,
     turned_auroc,
 )
 
@@ -132,11 +133,16 @@ class Hypothesis:
         return max(rise_p([SAME_MAP - one for one in over_cases]), self._outlier_p())
 
     def same_p(self) -> float:
-        """P value of the null hypothesis that the map differs from untrained networks' maps."""
+        """P value of the null hypothesis that the map differs from untrained networks' maps.
+
+        It is the larger one of two tests: of |ρ|, and of how well the structure is shown.
+        """
         draws = self.draws()
         if draws.size < 2 or _mean_limit(draws, upper=False) < SAME_MAP:
             return 1.0
-        return rise_p([one - SAME_MAP for one in _row_means(self.correlations)])
+        alike = rise_p([one - SAME_MAP for one in _row_means(self.correlations)])
+        beside = gains_over_draws(self.evidence, self.structure, self.direction)
+        return max(alike, rise_p(beside.short))
 
     def draws(self) -> np.ndarray:
         """|ρ| with each untrained network, as a mean over scans."""

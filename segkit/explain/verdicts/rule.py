@@ -32,7 +32,7 @@ from segkit.explain.verdicts.falls import (
     num_mattering,
 )
 from segkit.explain.verdicts.further_scans import MOST_FURTHER, further_scans
-from segkit.explain.verdicts.gains import DIRECTIONS, Direction, auroc_pairs
+from segkit.explain.verdicts.gains import DIRECTIONS, Direction, auroc_pairs, means_of_others
 from segkit.explain.verdicts.hypothesis import Hypothesis
 
 VerdictWord = Literal["informative", "redundant", "uninformative", "cannot tell"]
@@ -82,8 +82,9 @@ def judge_evidence(cases: Sequence[CaseEvidence]) -> list[GateVerdict]:
         found = []
         for unit in units:
             evidence = [one.channels[unit] for one in measured if unit in one.channels]
+            means = means_of_others(evidence)
             for structure in _structures(evidence):
-                pairs = auroc_pairs(evidence, structure)
+                pairs = auroc_pairs(evidence, structure, means)
                 found += [
                     Hypothesis(unit, structure, direction, evidence, pairs)
                     for direction in DIRECTIONS
@@ -114,8 +115,8 @@ def _judge_map(found: Sequence[Hypothesis], *, has_references: bool) -> list[Gat
             both,
             key=lambda one: (min(informative[one], redundant[one]), -_or(found[one].strength, 0)),
         )
-        nothing = max(found[one].no_more_p() for one in both)
-        nothing = min(1.0, 2 * min(nothing, found[chosen].same_p()))
+        no_more, same = max(found[one].no_more_p() for one in both), found[chosen].same_p()
+        nothing = min(1.0, 2 * min(no_more, same))
         word: VerdictWord = "cannot tell"
         if informative[chosen] <= SIGNIFICANT:
             word = "informative"
@@ -128,14 +129,25 @@ def _judge_map(found: Sequence[Hypothesis], *, has_references: bool) -> list[Gat
             "redundant": redundant[chosen],
             "uninformative": nothing,
         }
-        verdict = _verdict(found[chosen], word if has_references else None, p_values, len(found))
+        verdict = _verdict(
+            found[chosen],
+            word if has_references else None,
+            p_values,
+            len(found),
+            like_untrained=same < no_more,
+        )
         rank = ("informative", "redundant", "cannot tell", "uninformative").index(word)
         ranked.append(((rank, min(p_values.values()), -_or(found[chosen].strength, 0)), verdict))
     return [verdict for _, verdict in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def _verdict(
-    of: Hypothesis, word: VerdictWord | None, p_values: Mapping[str, float], num_tested: int
+    of: Hypothesis,
+    word: VerdictWord | None,
+    p_values: Mapping[str, float],
+    num_tested: int,
+    *,
+    like_untrained: bool,
 ) -> GateVerdict:
     """The verdict on one hypothesis, with its figures.
 
@@ -144,6 +156,8 @@ def _verdict(
         word: the verdict; None without references.
         p_values: the p values, by name.
         num_tested: number of tests for which they were corrected.
+        like_untrained: whether an uninformative channel is so because it is like that of untrained
+            networks.
     """
     falls = of.contexts[0] if of.contexts else []
     low, high = mean_interval(falls)
@@ -170,10 +184,10 @@ def _verdict(
     further = further_scans(of, num_tested) if word == "cannot tell" else None
     figures["further scans"] = further
     verdict = GateVerdict(*of.unit, of.structure, word, of.direction, "", figures)
-    return replace(verdict, reason=_reason(verdict, of))
+    return replace(verdict, reason=_reason(verdict, of, like_untrained=like_untrained))
 
 
-def _reason(verdict: GateVerdict, of: Hypothesis) -> str:
+def _reason(verdict: GateVerdict, of: Hypothesis, *, like_untrained: bool) -> str:
     """One sentence: the verdict, the loss of Dice without the channel, and its measures."""
     figures = verdict.figures
     scans = counted(of.cases, "scan")
@@ -206,7 +220,8 @@ def _reason(verdict: GateVerdict, of: Hypothesis) -> str:
         clauses.append(f"|ρ| with untrained networks {rho:.2f}")
     if not of.has_mean_map:
         clauses.append("not compared with the mean map of other scans, because there is none")
-    return f"Over {scans}, {_said(verdict)}: {'; '.join(clauses) or 'nothing was measured'}."
+    said = _said(verdict, like_untrained=like_untrained)
+    return f"Over {scans}, {said}: {'; '.join(clauses) or 'nothing was measured'}."
 
 
 def _fall(lost: float) -> str:
@@ -224,16 +239,26 @@ def _rises(lost: float) -> bool:
     return lost < -0.0005
 
 
-def _said(verdict: GateVerdict) -> str:
+def _said(verdict: GateVerdict, *, like_untrained: bool) -> str:
     match verdict.word:
         case "informative":
             return f"the gate {verdict.claim}, the network needs it, and it was learned"
         case "redundant":
             return f"the gate {verdict.claim}, but the network does not need it"
-        case "uninformative":
+        case "uninformative" if like_untrained:
             return (
-                f"the gate shows {verdict.structure} no better than a map that it is compared with"
+                f"the gate orders the cells as untrained networks do, and shows "
+                f"{verdict.structure} hardly better than they do or no better"
             )
+        case "uninformative":
+            gains = [
+                _number(verdict.figures[f"{name}: more than the best comparator"])
+                for name in ("AUROC", "deletion")
+            ]
+            least = min(filter(math.isfinite, gains), default=0.0)
+            better = "hardly better" if least > 0 else "no better"
+            shown = f"the gate shows {verdict.structure} {better}"
+            return f"{shown} than a map that it is compared with"
         case None:
             return "there is no verdict without a reference"
     further = verdict.figures["further scans"]

@@ -5,7 +5,7 @@ import pytest
 from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
 
-from segkit.explain.measures.cells import Cells, gradient_length, seen_part
+from segkit.explain.measures.cells import Cells, constant_background, gradient_length, seen_part
 from segkit.geometry.grid import Grid
 from tests.explain.measures.test_measure_maps import map_of, pooled, scan_of
 
@@ -37,6 +37,8 @@ def test_a_gradient_is_per_millimetre() -> None:
     x, y, _ = np.meshgrid(np.arange(4.0), np.arange(5.0), [0.0], indexing="ij")
     slope = gradient_length(3 * x * 0.5 + 4 * y * 2.0, (0.5, 2.0, 7.0))
     assert_allclose(slope, 5)
+    within = gradient_length(3 * x * 0.5 + 4 * y * 2.0, (0.5, 2.0, 7.0), across=1)
+    assert_allclose(within, 3)
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 6), (4, 5, 1)])
@@ -50,3 +52,20 @@ def test_a_gradient_on_leaning_axes_is_that_of_the_world(shape: tuple[int, int, 
     values = grid.centres() @ [3.0, -2.0, 6.0]
     found = gradient_length(values, grid.spacing, grid.directions)
     assert_allclose(found, 7 if shape[2] > 1 else 13**0.5)
+    within = gradient_length(values, grid.spacing, grid.directions, across=2)
+    assert_allclose(within, 13**0.5)
+
+
+def test_constant_background_is_air_and_not_a_voxel_of_the_body_with_the_same_value() -> None:
+    random = np.random.default_rng(0)
+    x, y, _ = np.indices((12, 12, 6))
+    air = (np.abs(x - 5.5) > 2) & (np.abs(y - 5.5) > 2)
+    body = random.integers(0, 4, air.shape).astype(np.float32)
+    image = np.where(air, np.float32(0), body)
+    assert_array_equal(constant_background([image]), air)
+    assert (image[~air] == 0).any()
+    # Another channel that varies in the air leaves no constant background, nor has plain noise any.
+    noise = random.normal(size=air.shape).astype(np.float32)
+    assert not constant_background([image, noise]).any()
+    assert not constant_background([noise]).any()
+    assert_array_equal(constant_background([image, image - 1024]), air)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from numpy import ndarray
 from numpy.testing import assert_allclose
-from scipy.ndimage import gaussian_filter1d, maximum_filter, uniform_filter
+from scipy.ndimage import gaussian_filter, gaussian_filter1d, maximum_filter, uniform_filter
 
-from segkit.explain.measures.cells import Cells
+from benchmarks.planted_images import block
+from segkit.explain.measures.cells import Cells, pictures
 from segkit.explain.verdicts import comparators
 from segkit.explain.verdicts.comparators import (
     OTHER,
@@ -18,6 +19,7 @@ from segkit.explain.verdicts.comparators import (
     squared_differences,
 )
 from segkit.geometry.grid import Grid
+from segkit.io.volume import Volume
 
 SHAPE = (16, 12, 8)
 VOXELS = Grid(SHAPE, np.eye(4))
@@ -178,3 +180,68 @@ def test_smoothing_has_the_same_width_in_mm_along_each_axis(
         ratio = line[11] / line[10]
         expected = np.exp(-0.5 * (step / (2 * finest)) ** 2)
         assert ratio == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 5.0), (0.5, 2.0, 1.0)])
+def test_a_blur_that_counts_voxels_is_a_comparator_if_cells_are_longer_along_one_axis(
+    spacing: tuple[float, float, float],
+) -> None:
+    image = np.random.default_rng(5).normal(size=(12, 12, 12)).astype(np.float32)
+    grid = Grid(image.shape, np.diag([*spacing, 1.0]))
+    inside = inside_of(image.shape)
+    found = dict(image_comparators({"intensity": image}, Cells(grid, grid), grid))
+    found |= closeness_comparators({"intensity": image}, inside, Cells(grid, grid), grid)
+    blurred = gaussian_filter(image.astype(float), 2, mode="nearest")
+    assert_allclose(found["intensity smoothed over 2 cells along each axis"], blurred, atol=1e-6)
+    finer = gaussian_filter(image.astype(float), 1, mode="nearest")
+    contrast = found["contrast of 1 and 2 cells along each axis"]
+    assert_allclose(contrast, finer - blurred, atol=1e-6)
+    for kind in ("gradient", "entropy", "texture along x", "closeness to the median"):
+        assert f"{kind} smoothed over 2 cells along each axis" in found
+    even = Grid(image.shape, np.eye(4))
+    same = dict(image_comparators({"intensity": image}, Cells(even, even), even))
+    assert not [name for name in same if "along each axis" in name]
+
+
+def test_a_2d_network_is_compared_with_functions_of_single_slices() -> None:
+    """Slices in another order have the same comparators in that order. In 3D they have not."""
+    random = np.random.default_rng(6)
+    image, order = random.normal(size=SHAPE).astype(np.float32), random.permutation(SHAPE[2])
+    inside = inside_of()
+    grid = VOXELS.placed((8, 6, 8), (2, 2, 1), (0.5, 0.5, 0))
+    cells = Cells(grid, VOXELS)
+
+    def comparators_of(slices: ndarray, across: int | None) -> dict[str, ndarray]:
+        shown = pictures(Volume(image[..., slices], VOXELS), VOXELS, ["ct"], across=across)
+        found = dict(image_comparators(shown, cells, grid, across=across))
+        return found | closeness_comparators(shown, inside[..., slices], cells, grid, across=across)
+
+    alone, turned = (comparators_of(slices, 2) for slices in (np.arange(SHAPE[2]), order))
+    for name, values in alone.items():
+        assert_allclose(turned[name], values[..., order], rtol=1e-4, atol=1e-5, err_msg=name)
+    through = comparators_of(order, None)
+    assert len(alone) > 100 and alone.keys() < through.keys()
+    changed = [name for name in alone if not np.allclose(through[name], turned[name], atol=1e-3)]
+    assert {"intensity smoothed over 2 cells", "gradient", "deviation smoothed over 2 cells"} < {
+        *changed
+    }
+
+
+def test_a_blur_in_the_plane_of_a_2d_network_shows_no_more_than_its_comparators() -> None:
+    """The gate is a Gaussian of two pixels. The structure lies elsewhere in each slice."""
+    random = np.random.default_rng(7)
+    inside = block(random, (24, 24, 4))
+    assert all((inside[..., 0] != inside[..., other]).any() for other in range(1, 4))
+    image = (inside + random.normal(0, 1.5, inside.shape)).astype(np.float32)
+    gate = gaussian_filter(image.astype(float), (2, 2, 0), truncate=2, mode="nearest")
+    grid = Grid((24, 24, 4), np.eye(4))
+    cells = Cells(grid, grid)
+    sides = Sides(inside, cells.counted)
+
+    def most(across: int | None) -> float:
+        found = dict(image_comparators({"intensity": image}, cells, grid, across=across))
+        scores = sides.aurocs(found)
+        return max(max(score, 1 - score) for score in scores.values())
+
+    assert most(2) > sides.auroc(gate) - 0.005
+    assert most(None) < sides.auroc(gate) - 0.02

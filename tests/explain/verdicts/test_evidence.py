@@ -1,12 +1,17 @@
 """Laws of the evidence of a scan, on gates whose worth is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.planted_gallery import GALLERY
+from benchmarks.verdicts import evidence_of as evidence_on_planted
 from segkit.errors import VolumeError
-from segkit.explain.verdicts.comparators import Sides, boxed, mean_map
+from segkit.explain.measures.ranks import Ranked, spearman
+from segkit.explain.verdicts.comparators import Sides, ThinnedMap, boxed, mean_maps
 from segkit.explain.verdicts.evidence import (
     BEST_IMAGE,
     EARLIER,
@@ -16,9 +21,11 @@ from segkit.explain.verdicts.evidence import (
     ChannelEvidence,
     gather_evidence,
 )
+from segkit.explain.verdicts.gains import MEAN_MAP, auroc_pairs, means_of_others
 from segkit.explain.verdicts.judge import judge_gates
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
+from segkit.model.folder import Model
 from tests.planted import KEY, Kind, Planted, moved_case, planted, untrained_planted
 
 
@@ -95,6 +102,34 @@ def test_a_constant_gate_loses_no_dice_and_has_no_correlation() -> None:
     found = channel_of(evidence_of(planted("constant"), 0))
     assert found.drops == {"label 1": (0.0,)} and found.aurocs["label 1"]["map"] == 0.5
     assert np.isnan(found.correlations).all()
+
+
+def test_constant_air_does_not_count_in_the_correlation_with_untrained_networks() -> None:
+    case, predictor = moved_case(0), planted("noise")
+    x, y, _ = np.indices((8, 8, 8))
+    air = (np.abs(x - 3.5) > 1) & (np.abs(y - 3.5) > 1)
+    volume = case.volume.like(np.where(air[..., None], 0, case.volume.data + 3).astype(np.float32))
+    prediction = predictor(volume, maps=True)
+    found = gather_evidence(
+        predictor,
+        volume,
+        case.reference,
+        prediction.maps,
+        labels=prediction.labels,
+        case="x",
+        untrained=untrained_planted,
+    )
+    untrained = Predictor(
+        Model(predictor.model.description, untrained_planted(0)), device="cpu", engine="torch"
+    )
+    own, other = (one(volume, maps=True).maps[KEY].volume for one in (predictor, untrained))
+    assert own is not None and other is not None
+    rho, with_air = (
+        abs(spearman(Ranked.of(own.data[cells]), Ranked.of(other.data[cells])))
+        for cells in (~air, np.ones_like(air))
+    )
+    assert channel_of(found).correlations[0] == pytest.approx(rho, abs=2e-3)
+    assert abs(with_air - rho) > 0.1
 
 
 def test_the_map_of_earlier_scans_is_one_more_order_of_deletion(mask: CaseEvidence) -> None:
@@ -175,12 +210,86 @@ def test_an_auroc_of_drawn_cells_is_near_that_of_all() -> None:
     assert sides.auroc(values) == pytest.approx(few, abs=0.01)
 
 
+def whole(*shape: int) -> list[np.ndarray]:
+    """All cells of a map."""
+    return [np.arange(size) for size in shape]
+
+
+def thinned(values: np.ndarray) -> ThinnedMap:
+    return ThinnedMap(boxed(values), values.shape)
+
+
 def test_mean_maps_leave_out_nan_and_fit_boxes_of_other_shapes() -> None:
     first, second = np.zeros((2, 2, 2)), np.ones((2, 2, 2))
     second[0, 0, 0] = np.nan
-    mean = mean_map([first, second], (2, 2, 2))
+    (mean,) = mean_maps([thinned(first), thinned(second)], (2, 2, 2), whole(2, 2, 2)).values()
     assert mean[0, 0, 0] == 0 and mean[1, 1, 1] == 0.5
-    assert np.isnan(mean_map([np.full((2, 2, 2), np.nan)], (2, 2, 2))).all()
+    unknown = thinned(np.full((2, 2, 2), np.nan))
+    assert np.isnan(mean_maps([unknown], (2, 2, 2), whole(2, 2, 2))[""]).all()
     ramp = np.broadcast_to(np.arange(8.0)[:, None, None], (8, 2, 2))
-    assert mean_map([ramp], (4, 2, 2))[:, 0, 0].tolist() == [0.5, 2.5, 4.5, 6.5]
+    lines = {
+        name: mean[:, 0, 0].tolist()
+        for name, mean in mean_maps([thinned(ramp)], (4, 2, 2), whole(4, 2, 2)).items()
+    }
+    assert lines == {
+        "": [0.5, 2.5, 4.5, 6.5],
+        "from the low corner": [0, 1, 2, 3],
+        "from the high corner": [4, 5, 6, 7],
+        "from the centre": [2, 3, 4, 5],
+    }
     assert boxed(np.zeros((100, 5, 32))).shape == (32, 5, 32)
+
+
+def test_the_mean_map_of_a_thinned_map_keeps_its_distance_from_each_corner() -> None:
+    """Beyond the end of a map, its outermost cell counts only if no other map has the cell."""
+    long, short = (np.arange(float(size)).reshape(size, 1, 1) for size in (100, 70))
+    means = mean_maps([thinned(long)], (70, 1, 1), whole(70, 1, 1))
+    np.testing.assert_allclose(means["from the low corner"][2:, 0, 0], np.arange(2, 70))
+    np.testing.assert_allclose(means["from the high corner"][:-2, 0, 0], np.arange(30, 98))
+    np.testing.assert_allclose(means["from the centre"][:, 0, 0], np.arange(15, 85))
+    both = mean_maps([thinned(long + 100), thinned(short)], (110, 1, 1), whole(110, 1, 1))
+    line = both["from the low corner"][:, 0, 0]
+    np.testing.assert_allclose(line[2:66], np.arange(2, 66) + 50)
+    np.testing.assert_allclose(line[71:97], np.arange(71, 97) + 100, atol=1e-3)
+    assert line[109] == pytest.approx((198 + 68) / 2)
+
+
+@pytest.mark.parametrize("corner", ["low corner", "high corner", "centre"])
+def test_a_gate_of_one_fixed_place_shows_no_more_than_the_mean_map_aligned_there(
+    corner: str,
+) -> None:
+    """Scans of other shapes; the gate falls with the distance from a voxel near a corner."""
+    random = np.random.default_rng(8)
+
+    def case() -> ChannelEvidence:
+        shape = tuple(int(size) for size in random.integers(10, 17, 3))
+        starts = {"low corner": (0, 0, 0), "high corner": shape, "centre": np.divide(shape, 2)}
+        sign = -1 if corner == "high corner" else 1
+        away = np.indices(shape).T - starts[corner] - sign * np.array([4.2, 2.8, 3.6])
+        inside = np.zeros(shape, bool)
+        middle = np.round(starts[corner] + sign * random.uniform(2.5, 4.5, 3)).astype(int)
+        inside[tuple(slice(max(0, one - 2), one + 2) for one in middle)] = True
+        gate = np.exp(-np.linalg.norm(away, axis=-1).T)
+        own = Sides(inside, np.ones(shape, bool)).auroc(gate)
+        aurocs = {"one": {"map": own}}
+        return ChannelEvidence({}, aurocs, {}, (), thinned(gate), {"one": inside})
+
+    evidence = [case() for _ in range(8)]
+    pairs = auroc_pairs(evidence, "one", means_of_others(evidence))
+    assert len(pairs) == 4 and {len(scans) for scans in pairs.values()} == {8}
+    gains = {name: np.mean([own - mean for own, mean in scans]) for name, scans in pairs.items()}
+    assert gains[f"{MEAN_MAP} from the {corner}"] < 0.002
+    assert gains[MEAN_MAP] > 0.005
+    same = [replace(one, box=evidence[0].box, inside=evidence[0].inside) for one in evidence]
+    assert list(auroc_pairs(same, "one", means_of_others(same))) == [MEAN_MAP]
+
+
+def test_the_gate_of_a_2d_network_is_compared_within_slices() -> None:
+    """It is a blur in the plane of slices that show the structure at other places."""
+    (blur,) = [one for one in GALLERY if one.name == "blur of 2.5 voxels"]
+    (found,) = evidence_on_planted(blur, dims=2, count=1, seed=0)
+    scores = dict(channel_of(found).aurocs["one"])
+    own = scores.pop("map")
+    assert "texture along y" in scores and "texture along z" not in scores
+    of_image = [score for name, score in scores.items() if "untrained" not in name]
+    assert max(of_image) > own - 0.005

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from segkit.explain.measures.measure_maps import FOREGROUND
+from segkit.explain.verdicts.comparators import ThinnedMap
 from segkit.explain.verdicts.deletion import DeletionCurve
 from segkit.explain.verdicts.evidence import (
     EARLIER,
@@ -49,7 +50,7 @@ def channel(
         {"a": {"map": auroc, **(COMPARED if compared is None else compared)}},
         curves,
         tuple(correlations),
-        box.reshape(10, 20, 1),
+        ThinnedMap(box.reshape(10, 20, 1), (10, 20, 1)),
         {"a": inside.reshape(10, 20, 1)},
     )
 
@@ -175,13 +176,40 @@ def test_a_gate_that_always_points_at_the_same_place_shows_no_more_than_the_mean
 
 def test_a_map_like_that_of_an_untrained_network_is_not_informative() -> None:
     """By its ranks, of either sign; or because untrained networks vary so much that one may."""
-    same = judged(scans(12, lambda i: channel(correlations=[1.0, 0.99, 1.0], seed=i)))
+    near = {f"untrained network {n}": 0.5 + 0.45 * (-1) ** n for n in range(8)}
+    alike = [1.0, 0.99, 1.0]
+    same = judged(scans(12, lambda i: channel(correlations=alike, compared=near, seed=i)))
     assert same.word == "uninformative"
+    assert "orders the cells as untrained networks do" in same.reason
     mixed = judged(scans(12, lambda i: channel(correlations=[1.0, 0.2, 1.0], seed=i)))
     assert mixed.word == "cannot tell"
     wild = {f"untrained network {number}": 0.5 + 0.14 * (number - 2.5) for number in range(6)}
     found = judged(scans(12, lambda i: channel(0.92, compared=wild, seed=i)))
     assert found.word == "cannot tell"
+
+
+def test_a_gate_that_orders_cells_as_untrained_networks_do_but_better_is_not_uninformative() -> (
+    None
+):
+    """As in a scan with much air, which every network tells from the body."""
+    near = {"intensity": 0.7, **{f"untrained network {n}": 0.98 + n / 1000 for n in range(8)}}
+
+    def found(auroc: float) -> GateVerdict:
+        rho = [0.96, 0.97, 0.96]
+        return judged(scans(12, lambda i: channel(auroc, correlations=rho, compared=near, seed=i)))
+
+    assert found(0.999).word == "cannot tell"
+    assert found(0.001).word == "cannot tell"
+    worse = found(0.984)
+    assert worse.word == "uninformative" and "than they do" in worse.reason
+
+
+def test_a_gate_within_the_margin_of_a_comparator_is_called_hardly_better() -> None:
+    near = {**COMPARED, "intensity": 0.945}
+    verdict = judged(scans(12, lambda i: channel(compared=near, seed=i)))
+    assert verdict.word == "uninformative"
+    assert "shows a hardly better than a map" in verdict.reason
+    assert "0.005 better than intensity" in verdict.reason
 
 
 def test_deletion_is_another_way_of_showing_more() -> None:
