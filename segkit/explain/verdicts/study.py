@@ -208,8 +208,8 @@ def _tables(
                 for row in means
             ],
             note=f"Dice with the {evidence.against}, mean over the classes that it contains. "
-            "'mean' is the fair replacement: the map keeps its scale, and only the location of its "
-            "high values is lost.",
+            "'mean', over the whole scan, is the fair replacement: the map keeps its scale, and "
+            "only the location of its high values is lost.",
         ),
         Table(
             "Each map compared with untrained networks",
