@@ -146,6 +146,7 @@ def gather_evidence(
     Raises:
         VolumeError: if the reference lies on another grid, or has labels that the model does not
             know.
+        ModelError: if an untrained network does not have the model's architecture.
     """
     labelling = predictor.model.description.labelling
     if reference is not None:
@@ -163,7 +164,8 @@ def gather_evidence(
     drops = dice_drops(
         predictor, volume, truth, labels, maps, keys, unlabelled=unlabelled, track=track
     )
-    draws = list(untrained_maps(predictor, shared.image, keys, seed=seed, make=untrained))
+    shapes = {key: (len(channels := channels_of(maps[key])), *channels[0].shape) for key in keys}
+    draws = list(untrained_maps(predictor, shared.image, shapes, seed=seed, make=untrained))
     found: dict[GateChannel, ChannelEvidence] = {}
     for key in track(keys, "comparing maps", len(keys)):
         grid = _MapGrid(maps[key], shared)

@@ -76,7 +76,8 @@ def study_gates(
         track: reports the progress.
 
     Raises:
-        ModelError: if the model has no gates.
+        ModelError: if the model has no gates, or if an untrained network does not have its
+            architecture.
         VolumeError: if the reference does not fit the volume or the model.
     """
     check_gates(predictor)
