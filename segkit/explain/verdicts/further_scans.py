@@ -20,6 +20,37 @@ def further_scans(of: Hypothesis, num_tested: int) -> int | None:
     Each test of a verdict must reach p = 0.05 with probability 0.8. The estimate uses the normal
     approximation of the signed-rank test, with the mean and deviation of these scans.
     """
+    informative, others = _scans_for_words(of, num_tested)
+    return _reported(min(others, math.inf if _too_few_networks(of, num_tested) else informative))
+
+
+def needs_more_networks(of: Hypothesis, num_tested: int) -> bool:
+    """Whether further scans are enough for all but the comparison with untrained networks.
+
+    Its p value rests on the number of untrained networks and of tests, and not on that of scans.
+    """
+    informative, others = _scans_for_words(of, num_tested)
+    return (
+        _too_few_networks(of, num_tested)
+        and _reported(others) is None
+        and _reported(informative) is not None
+    )
+
+
+def _too_few_networks(of: Hypothesis, num_tested: int) -> bool:
+    """Whether the test against untrained networks stays above p = 0.05 with any number of scans."""
+    return of.outlier_p() * num_tested > SIGNIFICANT
+
+
+def _reported(further: float) -> int | None:
+    return None if further > MOST_FURTHER else max(int(further), 1)
+
+
+def _scans_for_words(of: Hypothesis, num_tested: int) -> tuple[float, float]:
+    """Further scans for "informative", and for the first of "redundant" and "uninformative".
+
+    Those for "informative" take no account of the test against untrained networks.
+    """
     # Corrected for the number of tests, and for the choice of localisation or deletion.
     strict = ROUTE_SHARES["localisation"] * SIGNIFICANT / num_tested
     shows = [
@@ -35,13 +66,11 @@ def further_scans(of: Hypothesis, num_tested: int) -> int | None:
     ]
     least = math.ceil(math.log(strict) / math.log(1 - MATTERING_SHARE))
     shown = min(shows, default=math.inf)
-    words = [
-        max(shown, min(need, default=math.inf)) if of.learned_p() < 1 else math.inf,
-        max(shown, max(without, default=math.inf), least),
-        max(no_more, default=math.inf),
-    ]
-    further = min(words) - of.cases
-    return None if further > MOST_FURTHER else max(int(further), 1)
+    learned = of.learned_p() < 1
+    informative = max(shown, min(need, default=math.inf)) if learned else math.inf
+    redundant = max(shown, max(without, default=math.inf), least)
+    uninformative = max(no_more, default=math.inf)
+    return informative - of.cases, min(redundant, uninformative) - of.cases
 
 
 def _needed(values: Values, significance: float) -> float:

@@ -31,7 +31,11 @@ from segkit.explain.verdicts.falls import (
     mean_of,
     num_mattering,
 )
-from segkit.explain.verdicts.further_scans import MOST_FURTHER, further_scans
+from segkit.explain.verdicts.further_scans import (
+    MOST_FURTHER,
+    further_scans,
+    needs_more_networks,
+)
 from segkit.explain.verdicts.gains import DIRECTIONS, Direction, auroc_pairs
 from segkit.explain.verdicts.hypothesis import Hypothesis
 
@@ -170,10 +174,10 @@ def _verdict(
     further = further_scans(of, num_tested) if word == "cannot tell" else None
     figures["further scans"] = further
     verdict = GateVerdict(*of.unit, of.structure, word, of.direction, "", figures)
-    return replace(verdict, reason=_reason(verdict, of))
+    return replace(verdict, reason=_reason(verdict, of, num_tested))
 
 
-def _reason(verdict: GateVerdict, of: Hypothesis) -> str:
+def _reason(verdict: GateVerdict, of: Hypothesis, num_tested: int) -> str:
     """One sentence: the verdict, the loss of Dice without the channel, and its measures."""
     figures = verdict.figures
     scans = counted(of.cases, "scan")
@@ -206,7 +210,8 @@ def _reason(verdict: GateVerdict, of: Hypothesis) -> str:
         clauses.append(f"|ρ| with untrained networks {rho:.2f}")
     if not of.has_mean_map:
         clauses.append("not compared with the mean map of other scans, because there is none")
-    return f"Over {scans}, {_said(verdict)}: {'; '.join(clauses) or 'nothing was measured'}."
+    said = _said(verdict, of, num_tested)
+    return f"Over {scans}, {said}: {'; '.join(clauses) or 'nothing was measured'}."
 
 
 def _fall(lost: float) -> str:
@@ -224,7 +229,7 @@ def _rises(lost: float) -> bool:
     return lost < -0.0005
 
 
-def _said(verdict: GateVerdict) -> str:
+def _said(verdict: GateVerdict, of: Hypothesis, num_tested: int) -> str:
     match verdict.word:
         case "informative":
             return f"the gate {verdict.claim}, the network needs it, and it was learned"
@@ -240,6 +245,11 @@ def _said(verdict: GateVerdict) -> str:
     if isinstance(further, int):
         more = counted(further, "more scan")
         return f"the evidence cannot tell; about {more} like these may be enough"
+    if needs_more_networks(of, num_tested):
+        return (
+            "the evidence cannot tell; more untrained networks or fewer channels would be needed, "
+            "not more scans"
+        )
     return f"the evidence cannot tell, and {MOST_FURTHER} more scans like these are not enough"
 
 

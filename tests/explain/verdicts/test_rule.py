@@ -95,6 +95,29 @@ def test_one_to_five_scans_cannot_tell_whatever_they_show(auroc: float, drop: fl
     assert isinstance(further, int) and judged(scans(3 + further)).word == "informative"
 
 
+@pytest.mark.parametrize("count", [3, 12, 48])
+def test_more_scans_are_not_promised_if_untrained_networks_are_too_near(count: int) -> None:
+    """0.95 lies 4 deviations above 8 untrained networks: p = 0.003, times 40 tests above 0.05."""
+    near = {f"untrained network {n}": 0.6 + 0.08 * (-1) ** n for n in range(8)}
+
+    def case(number: int, channels: int) -> CaseEvidence:
+        useful = channel(compared={"intensity": 0.7, **near}, seed=number)
+        others = {(KEY, n): channel(0.5, 0.0, seed=number) for n in range(1, channels)}
+        return CaseEvidence(f"{number}", "reference", {(KEY, 0): useful, **others})
+
+    def found(count: int, channels: int) -> GateVerdict:
+        verdicts = judge_evidence([case(number, channels) for number in range(count)])
+        return next(one for one in verdicts if one.channel == 0)
+
+    many = found(count, 20)
+    assert (many.word, many.figures["further scans"]) == ("cannot tell", None)
+    assert "more untrained networks or fewer channels would be needed, not more scans" in (
+        many.reason
+    )
+    further = found(3, 1).figures["further scans"]
+    assert isinstance(further, int) and found(3 + further, 1).word == "informative"
+
+
 def test_without_a_reference_there_are_figures_and_no_verdict() -> None:
     verdict = judged(scans(12, against="prediction"))
     assert verdict.word is None and verdict.figures["AUROC"] == pytest.approx(0.95)
