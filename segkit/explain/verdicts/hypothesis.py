@@ -51,8 +51,18 @@ class Hypothesis:
 
     @property
     def cases(self) -> int:
-        """Number of scans that have the structure."""
+        """Number of scans that have the structure. Each measure may have fewer."""
         return max(len(self.drops), *(len(one.gains) for one in self.places), 0)
+
+    @property
+    def cases_with_auroc(self) -> int:
+        """Number of scans with an AUROC: in the others, no cell or every cell is inside."""
+        return len(_aurocs(self.evidence, self.structure, "map"))
+
+    @property
+    def cases_with_deletion(self) -> int:
+        """Number of scans in which the structure was predicted and the image deleted."""
+        return max((len(one.gains) for one in self.deletions), default=0)
 
     @property
     def contexts(self) -> list[Values]:

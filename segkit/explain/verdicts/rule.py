@@ -154,6 +154,9 @@ def _verdict(
     draws = of.draws()
     figures: dict[str, float | str | None] = {
         "scans": of.cases,
+        "scans with Dice": len(falls),
+        "scans with AUROC": of.cases_with_auroc,
+        "scans with deletion": of.cases_with_deletion,
         "Dice lost without it": mean_of(falls),
         "from": low,
         "to": high,
@@ -199,19 +202,25 @@ def _reason(verdict: GateVerdict, of: Hypothesis, num_tested: int) -> str:
         clauses.append(f"it {_fall(beside)} if all other gates are replaced too")
     if of.places:
         gain = _number(figures["AUROC: more than the best comparator"])
-        clauses.append(
-            f"AUROC {_number(figures['AUROC']):.2f}, {_gain(gain)} than "
-            f"{figures['AUROC: best comparator']}"
-        )
+        score = f"{_number(figures['AUROC']):.2f}{_over(of.cases_with_auroc, of)}"
+        clauses.append(f"AUROC {score}, {_gain(gain)} than {figures['AUROC: best comparator']}")
     if of.deletions:
         gain = _number(figures["deletion: more than the best comparator"])
-        clauses.append(f"in deletion {_gain(gain)} than {figures['deletion: best comparator']}")
+        clauses.append(
+            f"in deletion{_over(of.cases_with_deletion, of)} {_gain(gain)} than "
+            f"{figures['deletion: best comparator']}"
+        )
     if math.isfinite(rho := _number(figures["|ρ| with untrained networks"])):
         clauses.append(f"|ρ| with untrained networks {rho:.2f}")
     if not of.has_mean_map:
         clauses.append("not compared with the mean map of other scans, because there is none")
     said = _said(verdict, of, num_tested)
     return f"Over {scans}, {said}: {'; '.join(clauses) or 'nothing was measured'}."
+
+
+def _over(scans: int, of: Hypothesis) -> str:
+    """The number of scans that have a measure, such as " (over 4 scans)", if not all have it."""
+    return f" (over {counted(scans, 'scan')})" if scans < of.cases else ""
 
 
 def _fall(lost: float) -> str:

@@ -396,6 +396,27 @@ def test_a_structure_that_a_scan_does_not_have_is_left_out_there() -> None:
     assert verdict.word == "informative" and verdict.figures["scans"] == 12
 
 
+def test_the_number_of_scans_of_each_measure_is_told_and_counts() -> None:
+    """4 of 12 scans have an AUROC. A test needs 6 values or more, so at least 6 further scans."""
+
+    def some(number: int) -> ChannelEvidence:
+        found = channel(seed=number)
+        if number < 4:
+            return found
+        nowhere = {"a": np.zeros((10, 20, 1), bool)}
+        return replace(found, aurocs={}, curves={}, inside=nowhere)
+
+    verdict = judged(scans(12, some))
+    told = {name: verdict.figures[f"scans{name}"] for name in ("", " with Dice", " with AUROC")}
+    assert told == {"": 12, " with Dice": 12, " with AUROC": 4}
+    assert verdict.reason.startswith("Over 12 scans") and "AUROC 0.95 (over 4 scans)" in (
+        verdict.reason
+    )
+    further = verdict.figures["further scans"]
+    assert verdict.word == "cannot tell" and isinstance(further, int) and further >= 6
+    assert "(over" not in judged(scans(12)).reason
+
+
 def test_what_was_not_measured_is_nan() -> None:
     verdict = judged(scans(1))
     for name in (
