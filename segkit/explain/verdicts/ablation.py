@@ -1,18 +1,20 @@
 """Ablation: how Dice changes if a gate map is opened, averaged, permuted or inverted.
 
-Each map is edited through its map tap (`segkit.nn.map_tap`). Nothing is trained again. `mean` is
-the fair ablation: the features keep their mean scale, and only the location of high values is lost.
+Each map is edited through its map tap (`segkit.nn.map_tap`). Nothing is trained again. `mean`,
+the mean over the whole scan, is the fair ablation: the features keep their mean scale, and only the
+location of high values is lost, also if a map is constant in each window or slice.
 `open` also changes the scale on which later layers were trained, so that Dice may fall or rise for
 this reason. `permuted` keeps all values, but at random cells. `inverted` exchanges high and low
 values.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from segkit.config.labels import Labelling
 from segkit.errors import ModelError
@@ -26,7 +28,7 @@ AblationKind = Literal["open", "mean", "permuted", "inverted"]
 """The replacement of a map, in each window:
 
 - open: 1 everywhere.
-- mean: the map's mean over cells.
+- mean: the map's mean over the whole scan, one number for each channel.
 - permuted: the map's cells in random order.
 - inverted: lowest + highest - map, with the ends of the map's range. If the range is infinite, with
   the lowest and highest value in the window.
@@ -79,7 +81,51 @@ def check_gates(predictor: Predictor) -> tuple[str, ...]:
     return keys
 
 
-def operation_edit(info: MapInfo, operation: AblationKind, *, seed: int = 0) -> Edit:
+class ScanMean:
+    """The mean over a scan of each channel of a map, from the windows that the network processes.
+
+    A cell counts once for each window that contains it. Cells that are not finite do not count.
+    """
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(1, dtype=torch.float64)
+        self.count = torch.zeros(1, dtype=torch.int64)
+
+    def observe(self, attention_map: Tensor) -> Tensor:
+        """Add the windows of a batch. Returns the map unchanged, so that it is an edit."""
+        values = attention_map.detach().float().transpose(0, 1).flatten(1)
+        finite = values.isfinite()
+        self.total = self.total + values.where(finite, 0).sum(dim=1).double().cpu()
+        self.count = self.count + finite.sum(dim=1).cpu()
+        return attention_map
+
+    def replace(self, attention_map: Tensor) -> Tensor:
+        """The map with the mean of each channel in every cell; an edit."""
+        mean = (self.total / self.count).to(attention_map)
+        return mean.view(1, -1, *[1] * (attention_map.ndim - 2)).expand_as(attention_map)
+
+    def replace_channels(self, channels: Collection[int]) -> Edit:
+        """The edit that replaces some channels by their means."""
+
+        def edit(attention_map: Tensor) -> Tensor:
+            edited = attention_map.clone()
+            edited[:, list(channels)] = self.replace(attention_map)[:, list(channels)]
+            return edited
+
+        return edit
+
+
+@contextmanager
+def observing_means(network: nn.Module, keys: Collection[str]) -> Iterator[dict[str, ScanMean]]:
+    """Means of maps, by key, of all windows that the network processes within this context."""
+    means = {key: ScanMean() for key in keys}
+    with editing(network, {key: mean.observe for key, mean in means.items()}):
+        yield means
+
+
+def operation_edit(
+    info: MapInfo, operation: AblationKind, mean: ScanMean, *, seed: int = 0
+) -> Edit:
     """The edit that replaces a map.
 
     Random orders are drawn from `seed`, a new one for each window. If several maps share a tap, as
@@ -88,6 +134,7 @@ def operation_edit(info: MapInfo, operation: AblationKind, *, seed: int = 0) -> 
     Args:
         info: the map, with the range of its values.
         operation: 'mean', 'open', 'permuted' or 'inverted'.
+        mean: the map's mean over the scan.
         seed: seed of the random orders.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -109,31 +156,11 @@ def operation_edit(info: MapInfo, operation: AblationKind, *, seed: int = 0) -> 
         case "open":
             return torch.ones_like
         case "mean":
-            return replace_by_mean
+            return mean.replace
         case "permuted":
             return shuffle
         case "inverted":
             return invert
-
-
-def replace_by_mean(attention_map: Tensor) -> Tensor:
-    """A constant map: each cell holds the mean over cells, for each channel and window."""
-    cells = tuple(range(2, attention_map.ndim))
-    return attention_map.mean(dim=cells, keepdim=True).expand_as(attention_map)
-
-
-def replace_channels_by_mean(channels: Collection[int] | None) -> Edit:
-    """The edit that replaces some channels of a map by their means; all channels if None."""
-    if channels is None:
-        return replace_by_mean
-
-    def edit(attention_map: Tensor) -> Tensor:
-        chosen = torch.zeros(attention_map.shape[1], dtype=torch.bool)
-        chosen[list(channels)] = True
-        edited = chosen.to(attention_map.device).view(1, -1, *[1] * (attention_map.ndim - 2))
-        return torch.where(edited, replace_by_mean(attention_map), attention_map)
-
-    return edit
 
 
 def ablate(
@@ -177,18 +204,19 @@ def ablate(
         scored = ScoredVolume(case, volume, reference)
         check_case(scored, labelling)
         reference = on_one_grid(scored, labelling).reference
-    whole = predictor.numbers_of(volume)
+    infos = ablated_maps(predictor)
+    chosen = infos if keys is None else {key: infos[key] for key in keys}
+    with observing_means(predictor.model.network, chosen) as means:
+        whole = predictor.numbers_of(volume)
     target = whole if reference is None else reference
     lacking = unlabelled if reference is not None else ()
     before = class_dice(whole, target, labelling, lacking)
     if not before:
         return []
-    infos = ablated_maps(predictor)
-    chosen = infos if keys is None else {key: infos[key] for key in keys}
     trials = [(key, operation) for key in chosen for operation in operations]
     rows = []
     for key, operation in track(trials, "ablating maps", len(trials)):
-        edit = operation_edit(infos[key], operation, seed=seed)
+        edit = operation_edit(infos[key], operation, means[key], seed=seed)
         with editing(predictor.model.network, {key: edit}):
             after = class_dice(predictor.numbers_of(volume), target, labelling, lacking)
         against: Against = "prediction" if reference is None else "reference"

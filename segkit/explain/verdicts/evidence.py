@@ -3,9 +3,9 @@
 The evidence of a scan is measured once; the rule then judges any number of scans together. For each
 channel of each gate and for each structure, it contains:
 
-- drops: how far Dice falls if the channel is replaced by its mean, with all other channels
-  unchanged and, if there are others, with all others replaced too (two gates may substitute for
-  each other);
+- drops: how far Dice falls if the channel is replaced by its mean over the scan, with all other
+  channels unchanged and, if there are others, with all others replaced too (two gates may
+  substitute for each other);
 - aurocs: AUROC of the channel and of each comparator on the same cells;
 - areas: area under the deletion curve, for the channel in both orders and for comparators;
 - correlations: |ρ| with the same channel of untrained networks, without cells of constant
@@ -27,7 +27,7 @@ from segkit.explain.heads.study import ScoredVolume, check_case, on_one_grid
 from segkit.explain.measures.cells import Cells, constant_background, pictures, seen_part
 from segkit.explain.measures.measure_maps import FOREGROUND, HALF, measured_structures
 from segkit.explain.measures.ranks import Ranked, spearman
-from segkit.explain.verdicts.ablation import ablated_maps, class_dice, replace_channels_by_mean
+from segkit.explain.verdicts.ablation import ablated_maps, class_dice, observing_means
 from segkit.explain.verdicts.comparators import (
     CellValues3d,
     Sides,
@@ -75,8 +75,8 @@ class ChannelEvidence:
     """Evidence of one scan on one channel of a gate. Structures without measurement are missing."""
 
     drops: Mapping[str, tuple[float, ...]]
-    """For each structure, the fall of Dice if the channel is replaced by its mean; then, if there
-    are other channels, the same with all others replaced too."""
+    """For each structure, the fall of Dice if the channel is replaced by its mean over the scan;
+    then, if there are other channels, the same with all others replaced too."""
     aurocs: Mapping[str, Mapping[str, float]]
     """For each structure, the AUROC of the channel ('map') and of each comparator."""
     curves: Mapping[str, Sequence[DeletionCurve]]
@@ -127,9 +127,9 @@ def gather_evidence(
 ) -> CaseEvidence:
     """The evidence of one scan.
 
-    The scan is segmented once for each channel (about twice if there are several), the network
-    processes it once for each untrained network and four times for each deletion order. A gate has
-    about eleven deletion orders.
+    The scan is segmented once, and once for each channel (about twice if there are several), the
+    network processes it once for each untrained network and four times for each deletion order. A
+    gate has about eleven deletion orders.
 
     Args:
         predictor: runs the model. In an ensemble, only the first model is edited and tested.
@@ -149,6 +149,7 @@ def gather_evidence(
     Raises:
         VolumeError: if the reference lies on another grid, or has labels that the model does not
             know.
+        ModelError: if an untrained network does not have the model's architecture.
     """
     labelling = predictor.model.description.labelling
     if reference is not None:
@@ -166,7 +167,8 @@ def gather_evidence(
     drops = dice_drops(
         predictor, volume, truth, labels, maps, keys, unlabelled=unlabelled, track=track
     )
-    draws = list(untrained_maps(predictor, shared.image, keys, seed=seed, make=untrained))
+    shapes = {key: (len(channels := channels_of(maps[key])), *channels[0].shape) for key in keys}
+    draws = list(untrained_maps(predictor, shared.image, shapes, seed=seed, make=untrained))
     found: dict[GateChannel, ChannelEvidence] = {}
     for key in track(keys, "comparing maps", len(keys)):
         grid = _MapGrid(maps[key], shared)
@@ -222,13 +224,16 @@ def dice_drops(
             channels = [channel for one, channel in removed if one == key]
             if channels:
                 # A single recorded channel may be the mean of many channels in the network.
-                edits[key] = replace_channels_by_mean(channels if counts[key] > 1 else None)
+                mean = means[key]
+                edits[key] = mean.replace_channels(channels) if counts[key] > 1 else mean.replace
         with editing(predictor.model.network, edits):
             return dice(predictor.numbers_of(volume))
 
     whole = dice(labels) if holds_foreground(truth, labelling) else {}
     if not whole:
         return {unit: {} for unit in units}
+    with observing_means(predictor.model.network, keys) as means:
+        predictor.numbers_of(volume)
     trials: list[tuple[GateChannel, ...]] = [(unit,) for unit in units]
     if len(units) > 2:
         trials += [tuple(other for other in units if other != unit) for unit in units]

@@ -18,30 +18,67 @@ def further_scans(of: Hypothesis, num_tested: int) -> int | None:
     """Estimated number of further scans for a verdict if they are like these; None if too many.
 
     Each test of a verdict must reach p = 0.05 with probability 0.8. The estimate uses the normal
-    approximation of the signed-rank test, with the mean and deviation of these scans.
+    approximation of the signed-rank test, with the mean and deviation of these scans. If only a
+    share of scans has the measure of a test, more scans are needed in proportion.
     """
+    informative, others = _scans_for_words(of, num_tested)
+    return _reported(min(others, math.inf if _too_few_networks(of, num_tested) else informative))
+
+
+def needs_more_networks(of: Hypothesis, num_tested: int) -> bool:
+    """Whether further scans are enough for all but the comparison with untrained networks.
+
+    Its p value rests on the number of untrained networks and of tests, and not on that of scans.
+    """
+    informative, others = _scans_for_words(of, num_tested)
+    return (
+        _too_few_networks(of, num_tested)
+        and _reported(others) is None
+        and _reported(informative) is not None
+    )
+
+
+def _too_few_networks(of: Hypothesis, num_tested: int) -> bool:
+    """Whether the test against untrained networks stays above p = 0.05 with any number of scans."""
+    return of.outlier_p() * num_tested > SIGNIFICANT
+
+
+def _reported(further: float) -> int | None:
+    return None if further > MOST_FURTHER else max(math.ceil(further), 1)
+
+
+def _scans_for_words(of: Hypothesis, num_tested: int) -> tuple[float, float]:
+    """Further scans for "informative", and for the first of "redundant" and "uninformative".
+
+    Those for "informative" take no account of the test against untrained networks.
+    """
+
+    def further(values: Values, significance: float) -> float:
+        """Further scans for a test. Only the share of scans that has its measure counts."""
+        if not len(values):
+            return math.inf
+        return max(0, _needed(values, significance) - len(values)) * of.cases / len(values)
+
     # Corrected for the number of tests, and for the choice of localisation or deletion.
     strict = ROUTE_SHARES["localisation"] * SIGNIFICANT / num_tested
     shows = [
-        max((_needed(c.beyond, strict) for c in route), default=math.inf) for route in of.routes
+        max((further(c.beyond, strict) for c in route), default=math.inf) for route in of.routes
     ]
-    no_more = [min(_needed(c.short, SIGNIFICANT / 8) for c in route) for route in of.routes]
+    no_more = [min(further(c.short, SIGNIFICANT / 8) for c in route) for route in of.routes]
     need = [
-        _needed(falls, strict) if np.mean(falls) >= DICE_MARGIN else math.inf
+        further(falls, strict) if np.mean(falls) >= DICE_MARGIN else math.inf
         for falls in of.least_contexts
     ]
     without = [
-        _needed([DICE_MARGIN - abs(fall) for fall in falls], strict) for falls in of.contexts
+        further([DICE_MARGIN - abs(fall) for fall in falls], strict) for falls in of.contexts
     ]
-    least = math.ceil(math.log(strict) / math.log(1 - MATTERING_SHARE))
+    least = math.ceil(math.log(strict) / math.log(1 - MATTERING_SHARE)) - of.cases
     shown = min(shows, default=math.inf)
-    words = [
-        max(shown, min(need, default=math.inf)) if of.learned_p() < 1 else math.inf,
-        max(shown, max(without, default=math.inf), least),
-        max(no_more, default=math.inf),
-    ]
-    further = min(words) - of.cases
-    return None if further > MOST_FURTHER else max(int(further), 1)
+    learned = of.learned_p() < 1
+    informative = max(shown, min(need, default=math.inf)) if learned else math.inf
+    redundant = max(shown, max(without, default=math.inf), least)
+    uninformative = max(no_more, default=math.inf)
+    return informative, min(redundant, uninformative)
 
 
 def _needed(values: Values, significance: float) -> float:

@@ -52,8 +52,18 @@ class Hypothesis:
 
     @property
     def cases(self) -> int:
-        """Number of scans that have the structure."""
+        """Number of scans that have the structure. Each measure may have fewer."""
         return max(len(self.drops), *(len(one.gains) for one in self.places), 0)
+
+    @property
+    def cases_with_auroc(self) -> int:
+        """Number of scans with an AUROC: in the others, no cell or every cell is inside."""
+        return len(_aurocs(self.evidence, self.structure, "map"))
+
+    @property
+    def cases_with_deletion(self) -> int:
+        """Number of scans in which the structure was predicted and the image deleted."""
+        return max((len(one.gains) for one in self.deletions), default=0)
 
     @property
     def contexts(self) -> list[Values]:
@@ -130,7 +140,7 @@ class Hypothesis:
         if draws.size < 2 or _mean_limit(draws, upper=True) >= SAME_MAP:
             return 1.0
         over_cases = _row_means(self.correlations)
-        return max(rise_p([SAME_MAP - one for one in over_cases]), self._outlier_p())
+        return max(rise_p([SAME_MAP - one for one in over_cases]), self.outlier_p())
 
     def same_p(self) -> float:
         """P value of the null hypothesis that the map differs from untrained networks' maps.
@@ -148,11 +158,11 @@ class Hypothesis:
         """|ρ| with each untrained network, as a mean over scans."""
         return _row_means(self.correlations.T) if self.correlations.ndim == 2 else np.array([])
 
-    def _outlier_p(self) -> float:
+    def outlier_p(self) -> float:
         """P value of the null hypothesis that untrained networks show the structure equally well.
 
         Student's t test of one new value against a normal sample: |AUROC - 0.5| of the channel and
-        of the untrained networks, each as a mean over scans.
+        of the untrained networks, each as a mean over scans. More scans do not make it smaller.
         """
         names = sorted(
             {name for one in self.evidence for name in one.aurocs.get(self.structure, {})}

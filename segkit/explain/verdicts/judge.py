@@ -43,7 +43,8 @@ def judge_gates(
         A verdict for each gate, channel and structure. The best verdict on each gate comes first.
 
     Raises:
-        ModelError: if the model has no gates.
+        ModelError: if the model has no gates, or if an untrained network does not have its
+            architecture.
         VolumeError: if a reference lies on another grid than its scan, or has labels that the model
             does not know, or if `unlabelled` names an unknown class.
 

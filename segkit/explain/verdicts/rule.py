@@ -31,7 +31,11 @@ from segkit.explain.verdicts.falls import (
     mean_of,
     num_mattering,
 )
-from segkit.explain.verdicts.further_scans import MOST_FURTHER, further_scans
+from segkit.explain.verdicts.further_scans import (
+    MOST_FURTHER,
+    further_scans,
+    needs_more_networks,
+)
 from segkit.explain.verdicts.gains import DIRECTIONS, Direction, auroc_pairs, means_of_others
 from segkit.explain.verdicts.hypothesis import Hypothesis
 
@@ -164,6 +168,9 @@ def _verdict(
     draws = of.draws()
     figures: dict[str, float | str | None] = {
         "scans": of.cases,
+        "scans with Dice": len(falls),
+        "scans with AUROC": of.cases_with_auroc,
+        "scans with deletion": of.cases_with_deletion,
         "Dice lost without it": mean_of(falls),
         "from": low,
         "to": high,
@@ -184,10 +191,13 @@ def _verdict(
     further = further_scans(of, num_tested) if word == "cannot tell" else None
     figures["further scans"] = further
     verdict = GateVerdict(*of.unit, of.structure, word, of.direction, "", figures)
-    return replace(verdict, reason=_reason(verdict, of, like_untrained=like_untrained))
+    reason = _reason(verdict, of, num_tested, like_untrained=like_untrained)
+    return replace(verdict, reason=reason)
 
 
-def _reason(verdict: GateVerdict, of: Hypothesis, *, like_untrained: bool) -> str:
+def _reason(
+    verdict: GateVerdict, of: Hypothesis, num_tested: int, *, like_untrained: bool
+) -> str:
     """One sentence: the verdict, the loss of Dice without the channel, and its measures."""
     figures = verdict.figures
     scans = counted(of.cases, "scan")
@@ -209,19 +219,25 @@ def _reason(verdict: GateVerdict, of: Hypothesis, *, like_untrained: bool) -> st
         clauses.append(f"it {_fall(beside)} if all other gates are replaced too")
     if of.places:
         gain = _number(figures["AUROC: more than the best comparator"])
-        clauses.append(
-            f"AUROC {_number(figures['AUROC']):.2f}, {_gain(gain)} than "
-            f"{figures['AUROC: best comparator']}"
-        )
+        score = f"{_number(figures['AUROC']):.2f}{_over(of.cases_with_auroc, of)}"
+        clauses.append(f"AUROC {score}, {_gain(gain)} than {figures['AUROC: best comparator']}")
     if of.deletions:
         gain = _number(figures["deletion: more than the best comparator"])
-        clauses.append(f"in deletion {_gain(gain)} than {figures['deletion: best comparator']}")
+        clauses.append(
+            f"in deletion{_over(of.cases_with_deletion, of)} {_gain(gain)} than "
+            f"{figures['deletion: best comparator']}"
+        )
     if math.isfinite(rho := _number(figures["|ρ| with untrained networks"])):
         clauses.append(f"|ρ| with untrained networks {rho:.2f}")
     if not of.has_mean_map:
         clauses.append("not compared with the mean map of other scans, because there is none")
-    said = _said(verdict, like_untrained=like_untrained)
+    said = _said(verdict, of, num_tested, like_untrained=like_untrained)
     return f"Over {scans}, {said}: {'; '.join(clauses) or 'nothing was measured'}."
+
+
+def _over(scans: int, of: Hypothesis) -> str:
+    """The number of scans that have a measure, such as " (over 4 scans)", if not all have it."""
+    return f" (over {counted(scans, 'scan')})" if scans < of.cases else ""
 
 
 def _fall(lost: float) -> str:
@@ -239,7 +255,9 @@ def _rises(lost: float) -> bool:
     return lost < -0.0005
 
 
-def _said(verdict: GateVerdict, *, like_untrained: bool) -> str:
+def _said(
+    verdict: GateVerdict, of: Hypothesis, num_tested: int, *, like_untrained: bool
+) -> str:
     match verdict.word:
         case "informative":
             return f"the gate {verdict.claim}, the network needs it, and it was learned"
@@ -265,6 +283,11 @@ def _said(verdict: GateVerdict, *, like_untrained: bool) -> str:
     if isinstance(further, int):
         more = counted(further, "more scan")
         return f"the evidence cannot tell; about {more} like these may be enough"
+    if needs_more_networks(of, num_tested):
+        return (
+            "the evidence cannot tell; more untrained networks or fewer channels would be needed, "
+            "not more scans"
+        )
     return f"the evidence cannot tell, and {MOST_FURTHER} more scans like these are not enough"
 
 

@@ -76,7 +76,8 @@ def study_gates(
         track: reports the progress.
 
     Raises:
-        ModelError: if the model has no gates.
+        ModelError: if the model has no gates, or if an untrained network does not have its
+            architecture.
         VolumeError: if the reference does not fit the volume or the model.
     """
     check_gates(predictor)
@@ -208,8 +209,8 @@ def _tables(
                 for row in means
             ],
             note=f"Dice with the {evidence.against}, mean over the classes that it contains. "
-            "'mean' is the fair replacement: the map keeps its scale, and only the location of its "
-            "high values is lost.",
+            "'mean', over the whole scan, is the fair replacement: the map keeps its scale, and "
+            "only the location of its high values is lost.",
         ),
         Table(
             "Each map compared with untrained networks",

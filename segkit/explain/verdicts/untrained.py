@@ -6,8 +6,7 @@ several draws are made. The sign of a rank correlation with random weights is ar
 absolute value counts.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -24,6 +23,9 @@ from segkit.nn.network import SegmentationNetwork
 
 UNTRAINED_DRAWS = 8
 """Number of untrained networks that a gate is compared with."""
+SAME_ARCHITECTURE = (
+    "pass untrained, a function from a seed to a network with the model's architecture"
+)
 MakeUntrained = Callable[[int], SegmentationNetwork]
 """A function from a seed to an untrained network with the model's architecture."""
 
@@ -38,7 +40,7 @@ def untrained_network(description: ModelDescription, seed: int) -> SegmentationN
 def untrained_maps(
     predictor: Predictor,
     image: Float[Tensor, "channel x y z"],
-    keys: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]],
     *,
     seed: int,
     make: MakeUntrained | None = None,
@@ -52,31 +54,99 @@ def untrained_maps(
     Args:
         predictor: runs the trained model.
         image: the image as the network receives it.
-        keys: keys of the maps.
+        shapes: shape (map, x, y, z) of each of the trained network's maps, by key.
         seed: seed of the first network; the others have `seed + 1`, `seed + 2`, …
         make: makes a network from a seed. If None, it is built from the model's description.
         draws: the number of networks.
 
     Raises:
-        ModelError: if a network from `make` lacks one of the maps.
+        ModelError: if a network from `make` has other maps than the trained network, cannot process
+            the image, or has the trained network's weights; or if `make` is None and the
+            model's description does not describe these maps.
     """
     member = predictor.members[0]
-    make = make or partial(untrained_network, member.model.description)
-    device = next(member.model.network.parameters()).device
+    trained = member.model.network
+    device = next(trained.parameters()).device
+    keys = list(shapes)
     for draw in range(draws):
-        network = make(seed + draw)
-        if missing := sorted(set(keys) - set(network.maps())):
-            raise ModelError(
-                f"untrained({seed + draw}) returned a network without the maps "
-                f"{', '.join(missing)}; return one with the model's architecture"
-            )
+        network, name = _made(member.model.description, make, seed + draw)
+        _check_maps(name, network, trained, keys)
         engine = TorchEngine(network, device=device)
 
         def record(windows: Tensor, engine: TorchEngine = engine) -> dict[str, Tensor]:
             outputs = engine(windows, keys)
             return {key: outputs[key] for key in keys}
 
-        found = slide(
-            image, record, member.layout_for(image.shape[1:]), batch_size=member.batch_size
-        )
+        try:
+            found = slide(
+                image, record, member.layout_for(image.shape[1:]), batch_size=member.batch_size
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(
+                f"{name} cannot process the windows of this scan ({reason}); {SAME_ARCHITECTURE}"
+            ) from error
+        for key, values in found.items():
+            if tuple(values.shape) != tuple(shapes[key]):
+                raise ModelError(
+                    f"{name} has a map {key} of shape {tuple(values.shape)}, expected "
+                    f"{tuple(shapes[key])} as in the trained network; {SAME_ARCHITECTURE}"
+                )
         yield {key: values.cpu().numpy() for key, values in found.items()}
+
+
+def _made(
+    description: ModelDescription, make: MakeUntrained | None, seed: int
+) -> tuple[SegmentationNetwork, str]:
+    """An untrained network, and its name in errors.
+
+    Args:
+        description: the model's description.
+        make: makes the network from a seed; if None, it is built from the description.
+        seed: the seed.
+    """
+    if make is not None:
+        network = make(seed)
+        if not isinstance(network, SegmentationNetwork):
+            raise ModelError(
+                f"untrained({seed}) returned a {type(network).__name__}, expected a network like "
+                f"predictor.model.network; wrap it with wrap_network(description, module)"
+            )
+        return network, f"the network of untrained({seed})"
+    if description.network.given is not None:
+        raise ModelError(
+            "the model is your own network, of which segkit cannot make untrained ones; pass "
+            "untrained, a function from a seed to an untrained network of its architecture"
+        )
+    return untrained_network(description, seed), "the network built from the model's description"
+
+
+def _check_maps(
+    name: str, network: SegmentationNetwork, trained: SegmentationNetwork, keys: Sequence[str]
+) -> None:
+    """Raise ModelError if a network's maps are not those of the trained one, or if it is trained.
+
+    Args:
+        name: the network's name in errors.
+        network: the untrained network.
+        trained: the trained network.
+        keys: keys of the maps.
+    """
+    found, expected = network.maps(), trained.maps()
+    if missing := [key for key in keys if key not in found]:
+        raise ModelError(f"{name} lacks the maps {', '.join(missing)}; {SAME_ARCHITECTURE}")
+    for key in keys:
+        if found[key] != expected[key]:
+            raise ModelError(
+                f"{name} has a map {key} of another stride, kind or range than the trained "
+                f"network ({found[key]} instead of {expected[key]}); {SAME_ARCHITECTURE}"
+            )
+    own, others = network.state_dict(), trained.state_dict()
+    if own.keys() == others.keys() and all(
+        torch.equal(own[weight].cpu(), others[weight].cpu()) for weight in own
+    ):
+        raise ModelError(
+            f"{name} has the weights of the trained network; draw new weights from the seed"
+        )

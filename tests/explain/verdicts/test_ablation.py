@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from torch import nn
+from torch import Tensor, nn
 
 from segkit.config.labels import Labelling
 from segkit.errors import ModelError, VolumeError
 from segkit.explain.heads.study import case_dice
 from segkit.explain.verdicts.ablation import (
     OPERATIONS,
+    ScanMean,
     ablate,
     ablated_maps,
     check_gates,
     class_dice,
     operation_edit,
-    replace_by_mean,
-    replace_channels_by_mean,
 )
+from segkit.explain.verdicts.evidence import dice_drops
 from segkit.geometry.grid import Grid
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
@@ -30,7 +30,7 @@ from segkit.model.folder import Model
 from segkit.nn.gates import Coefficients
 from segkit.nn.map_tap import MapInfo, editing, taps
 from tests.explain.heads.test_study import attending_model, noise_case, self_attention
-from tests.planted import KEY, ball, planted, planted_case
+from tests.planted import KEY, Planted, ball, planted, planted_case
 
 GATE = MapInfo("skip.0/gate", "gate", 0, None, 0.0, 1.0)
 
@@ -49,13 +49,15 @@ def open_gates(model: Model) -> None:
 
 def test_each_operation_changes_a_map_as_defined() -> None:
     values = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
-    edits = {operation: operation_edit(GATE, operation, seed=3) for operation in OPERATIONS}
+    scan_mean = ScanMean()
+    edits = {name: operation_edit(GATE, name, scan_mean, seed=3) for name in OPERATIONS}
+    assert torch.equal(scan_mean.observe(values), values)
     assert torch.equal(edits["open"](values), torch.ones_like(values))
     assert torch.equal(edits["inverted"](values), 1 - values)
     mean = edits["mean"](values)
     assert mean.shape == values.shape
     for sample, channel in np.ndindex(3, 2):
-        assert_allclose(mean[sample, channel], values[sample, channel].mean(), rtol=1e-6)
+        assert_allclose(mean[sample, channel], values[:, channel].mean(), rtol=1e-6)
     shuffled = edits["permuted"](values)
     for sample, channel in np.ndindex(3, 2):
         before, after = values[sample, channel].flatten(), shuffled[sample, channel].flatten()
@@ -64,7 +66,7 @@ def test_each_operation_changes_a_map_as_defined() -> None:
     # Channels of a cell stay together.
     pairs = {tuple(pair) for pair in values[0].flatten(1).T.tolist()}
     assert {tuple(pair) for pair in shuffled[0].flatten(1).T.tolist()} == pairs
-    assert torch.equal(shuffled, operation_edit(GATE, "permuted", seed=3)(values))
+    assert torch.equal(shuffled, operation_edit(GATE, "permuted", scan_mean, seed=3)(values))
     assert not torch.equal(shuffled, edits["permuted"](values)), "each window has its own order"
 
 
@@ -75,7 +77,7 @@ def test_a_map_is_inverted_within_its_range_or_else_within_its_own_values(
     lowest: float, highest: float, expected: list[float]
 ) -> None:
     info = MapInfo("encoder.0/spatial", "spatial", 0, None, lowest, highest)
-    turned = operation_edit(info, "inverted")(torch.tensor([[[1.0, 1.5]]]))
+    turned = operation_edit(info, "inverted", ScanMean())(torch.tensor([[[1.0, 1.5]]]))
     assert turned.flatten().tolist() == expected
 
 
@@ -170,13 +172,46 @@ def test_dice_is_that_of_classes_the_reference_holds() -> None:
     assert class_dice(found, reference, labelling) == {"a": 0.5}
 
 
-def test_channels_of_a_map_can_be_replaced_by_their_means_one_by_one() -> None:
-    values = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
-    found = replace_channels_by_mean([1])(values)
-    assert torch.equal(found[:, 0], values[:, 0])
-    assert torch.equal(found[:, 1], replace_by_mean(values)[:, 1])
-    assert torch.equal(replace_channels_by_mean([0, 1])(values), replace_by_mean(values))
-    assert torch.equal(replace_channels_by_mean(None)(values), replace_by_mean(values))
+def test_channels_are_replaced_one_by_one_by_their_means_over_all_windows() -> None:
+    """Channel 0 is 1 in the first window and 0 in two others; channel 1 has one NaN, and else 3."""
+    mean = ScanMean()
+    for value in (1.0, 0.0, 0.0):
+        window = torch.full((1, 2, 4, 5), value)
+        window[:, 1] = 3.0
+        window[0, 1, 0, 0] = torch.nan
+        mean.observe(window)
+    values = torch.rand(2, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    found = mean.replace_channels([0])(values)
+    assert_allclose(found[:, 0], 1 / 3, rtol=1e-6)
+    assert torch.equal(found[:, 1], values[:, 1])
+    assert torch.equal(mean.replace_channels([0, 1])(values), mean.replace(values))
+    assert torch.equal(mean.replace(values)[:, 1], torch.full((2, 4, 5), 3.0))
+
+
+class ByWindow(Planted):
+    """A gate that is constant in a window, and is all that the network segments by."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        there = torch.sigmoid(20 * (image[:, :1].amax((2, 3, 4), keepdim=True) - 0.5))
+        logit = 10 * (self.tap(there.expand_as(image[:, :1])) - 0.7)
+        return torch.cat([-logit / 2, logit / 2], dim=1)
+
+
+def test_a_gate_that_is_constant_in_each_window_is_needed() -> None:
+    """Open in two of three windows, so that its mean, 2/3, opens none."""
+    predictor = planted("mask")
+    predictor.model.network.__class__ = ByWindow
+    values = np.full((16, 8, 8, 3), 0.1, np.float32)  # windows of 0 would be skipped
+    values[:8] = 1
+    volume = Volume(values, Grid((16, 8, 8), np.eye(4)))
+    labels = predictor.numbers_of(volume).data[:, 0, 0]
+    assert labels[:8].all() and not labels[-4:].any()
+    reference = predictor.numbers_of(volume)
+    (_, row) = ablate(predictor, volume, reference, case="x", operations=["mean"])
+    assert (row.dice_before, row.dice) == (1, 0)
+    told = predictor(volume, maps=True)
+    drops = dice_drops(predictor, volume, reference, told.labels, told.maps, [KEY])
+    assert drops == {(KEY, 0): {"label 1": (1.0,)}}
 
 
 def test_a_model_without_gates_is_refused() -> None:

@@ -96,6 +96,29 @@ def test_one_to_five_scans_cannot_tell_whatever_they_show(auroc: float, drop: fl
     assert isinstance(further, int) and judged(scans(3 + further)).word == "informative"
 
 
+@pytest.mark.parametrize("count", [3, 12, 48])
+def test_more_scans_are_not_promised_if_untrained_networks_are_too_near(count: int) -> None:
+    """0.95 lies 4 deviations above 8 untrained networks: p = 0.003, times 40 tests above 0.05."""
+    near = {f"untrained network {n}": 0.6 + 0.08 * (-1) ** n for n in range(8)}
+
+    def case(number: int, channels: int) -> CaseEvidence:
+        useful = channel(compared={"intensity": 0.7, **near}, seed=number)
+        others = {(KEY, n): channel(0.5, 0.0, seed=number) for n in range(1, channels)}
+        return CaseEvidence(f"{number}", "reference", {(KEY, 0): useful, **others})
+
+    def found(count: int, channels: int) -> GateVerdict:
+        verdicts = judge_evidence([case(number, channels) for number in range(count)])
+        return next(one for one in verdicts if one.channel == 0)
+
+    many = found(count, 20)
+    assert (many.word, many.figures["further scans"]) == ("cannot tell", None)
+    assert "more untrained networks or fewer channels would be needed, not more scans" in (
+        many.reason
+    )
+    further = found(3, 1).figures["further scans"]
+    assert isinstance(further, int) and found(3 + further, 1).word == "informative"
+
+
 def test_without_a_reference_there_are_figures_and_no_verdict() -> None:
     verdict = judged(scans(12, against="prediction"))
     assert verdict.word is None and verdict.figures["AUROC"] == pytest.approx(0.95)
@@ -117,6 +140,20 @@ def test_a_gate_without_significant_need_is_not_therefore_redundant() -> None:
         return channel(drop=0.05 if number % 6 == 0 else -0.001 * (number % 2), seed=number)
 
     assert judged(scans(12, some)).word == "cannot tell"
+
+
+@pytest.mark.parametrize("some", [0.1, 1.0])
+def test_a_gate_without_which_a_tenth_of_scans_are_lost_is_not_redundant(some: float) -> None:
+    """In 2 of 20 scans Dice falls, so that the mean fall is at or above the margin."""
+
+    def rare(number: int) -> ChannelEvidence:
+        return channel(drop=some if number in (3, 13) else 0.0, seed=number)
+
+    assert judged(scans(20, rare)).word == "cannot tell"
+    # A fall in a tenth of all scans that leaves the mean well within the margin is allowed.
+    assert judged(scans(20, lambda i: channel(drop=0.02 * (i in (3, 13)), seed=i))).word == (
+        "redundant"
+    )
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -385,6 +422,27 @@ def test_a_structure_that_a_scan_does_not_have_is_left_out_there() -> None:
     found.append(CaseEvidence("without", "reference", {(KEY, 0): empty}))
     verdict = judged(found)
     assert verdict.word == "informative" and verdict.figures["scans"] == 12
+
+
+def test_the_number_of_scans_of_each_measure_is_told_and_counts() -> None:
+    """4 of 12 scans have an AUROC. A test needs 6 values or more, so at least 6 further scans."""
+
+    def some(number: int) -> ChannelEvidence:
+        found = channel(seed=number)
+        if number < 4:
+            return found
+        nowhere = {"a": np.zeros((10, 20, 1), bool)}
+        return replace(found, aurocs={}, curves={}, inside=nowhere)
+
+    verdict = judged(scans(12, some))
+    told = {name: verdict.figures[f"scans{name}"] for name in ("", " with Dice", " with AUROC")}
+    assert told == {"": 12, " with Dice": 12, " with AUROC": 4}
+    assert verdict.reason.startswith("Over 12 scans") and "AUROC 0.95 (over 4 scans)" in (
+        verdict.reason
+    )
+    further = verdict.figures["further scans"]
+    assert verdict.word == "cannot tell" and isinstance(further, int) and further >= 6
+    assert "(over" not in judged(scans(12)).reason
 
 
 def test_what_was_not_measured_is_nan() -> None:

@@ -1,6 +1,7 @@
 """Laws of untrained networks: they come of a seed, and give maps of the trained one's form."""
 
-from functools import partial
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,15 @@ from torch import nn
 from segkit.config.attention import AdditiveGridGateConfig, AdditiveSameLevelGateConfig
 from segkit.errors import ModelError
 from segkit.explain.verdicts.untrained import untrained_maps, untrained_network
+from segkit.geometry.grid import Placement
 from segkit.inference.predictor import Predictor
 from segkit.model.folder import Model
-from segkit.nn.map_tap import recording
+from segkit.nn.map_tap import MapTap, recording
 from segkit.nn.network import SegmentationNetwork
 from tests.explain.heads.test_study import attending_model, noise_case
 from tests.planted import KEY, Planted, planted, planted_case
 
+SHAPES = {KEY: (1, 8, 8, 8)}
 GRID = {"skip": AdditiveGridGateConfig(levels=[0, 1])}
 SAME = {"skip": AdditiveSameLevelGateConfig(levels=[0, 1])}
 BEFORE = {
@@ -76,13 +79,22 @@ def test_maps_of_untrained_networks_lie_on_the_trained_ones_grid(
 ) -> None:
     """A network that is drawn from the seed of the model's own gives its own map."""
     told = attending_model(spatial_dims=spatial_dims, **attention).description
-    predictor = Predictor(Model(told, untrained_network(told, 3)), device="cpu")
+    trained = untrained_network(told, 3)
+    with torch.no_grad():  # a weight after the maps, because equal networks are refused
+        for name, weight in trained.named_parameters():
+            if name.endswith("heads.0.bias"):
+                weight.add_(1)
+    predictor = Predictor(Model(told, trained), device="cpu")
     volume = noise_case(10, 8, 8).volume
     maps = {key: one.volume for key, one in predictor(volume, maps=True).maps.items()}
-    keys = [key for key, one in maps.items() if one is not None]
+    shapes = {
+        key: (1 if one.data.ndim == 3 else one.data.shape[3], *one.data.shape[:3])
+        for key, one in maps.items()
+        if one is not None
+    }
     image = predictor.prepare(volume).image
-    same, other = untrained_maps(predictor, image, keys, seed=3, draws=2)
-    for key in keys:
+    same, other = untrained_maps(predictor, image, shapes, seed=3, draws=2)
+    for key in shapes:
         one = maps[key]
         assert one is not None
         np.testing.assert_allclose(
@@ -100,8 +112,61 @@ def test_custom_networks_are_made_from_consecutive_seeds() -> None:
         return Planted("untrained").eval()
 
     image = predictor.prepare(planted_case().volume).image
-    assert len(list(untrained_maps(predictor, image, [KEY], seed=5, make=make))) == 8
+    assert len(list(untrained_maps(predictor, image, SHAPES, seed=5, make=make))) == 8
     assert seeds == list(range(5, 13))
-    told = attending_model().description
-    with pytest.raises(ModelError, match=r"^untrained\(0\) returned a network without the maps"):
-        next(untrained_maps(predictor, image, [KEY], seed=0, make=partial(untrained_network, told)))
+
+
+class Stepping(Planted):
+    """Its gate has a stride of 2."""
+
+    def __init__(self) -> None:
+        super().__init__("untrained")
+        self.tap = MapTap("gate", stride=(2, 2, 2))
+        self.tap.place("skip.0", 0, Placement.identity(3))
+
+
+class Doubled(Planted):
+    """Its gate has two channels."""
+
+    def __init__(self) -> None:
+        super().__init__("untrained")
+        self.look = nn.Conv3d(3, 2, kernel_size=1)
+
+
+class Narrow(Planted):
+    """It takes a single channel."""
+
+    def __init__(self) -> None:
+        super().__init__("untrained")
+        self.look = nn.Conv3d(1, 1, kernel_size=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (Stepping, "has a map skip.0/gate of another stride"),
+        (Doubled, r"has a map skip.0/gate of shape \(2, 8, 8, 8\), expected \(1, 8, 8, 8\)"),
+        (Narrow, "cannot process the windows of this scan"),
+        (lambda: attending_model().network, "lacks the maps skip.0/gate; pass untrained"),
+        (lambda: nn.Conv3d(3, 2, kernel_size=1), "returned a Conv3d, expected a network"),
+    ],
+    ids=["stride", "channels", "input", "keys", "module"],
+)
+def test_a_network_of_another_architecture_is_refused(make: Callable[[], Any], said: str) -> None:
+    predictor = planted("mask")
+    image = predictor.prepare(planted_case().volume).image
+    with pytest.raises(ModelError, match=rf"untrained\(4\).* ?{said}"):
+        next(untrained_maps(predictor, image, SHAPES, seed=4, make=lambda _: make().eval()))
+
+
+def test_the_trained_network_itself_is_refused() -> None:
+    predictor = planted("mask")
+    image = predictor.prepare(planted_case().volume).image
+    with pytest.raises(ModelError, match="has the weights of the trained network"):
+        next(
+            untrained_maps(
+                predictor, image, SHAPES, seed=0, make=lambda _: deepcopy(predictor.model.network)
+            )
+        )
+    with pytest.raises(ModelError, match=r"description lacks the maps skip.0/gate; pass untrained"):
+        next(untrained_maps(predictor, image, SHAPES, seed=0))
