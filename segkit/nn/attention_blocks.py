@@ -8,17 +8,18 @@ the rest of the network can do the work of the block. The network is not trained
 score means that this network uses the block. It does not mean that training needs such a block.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segkit.nn.calls import Call, calls_of, in_prediction
 from segkit.nn.cost import count_multiply_adds, count_parameters
 from segkit.nn.foreign_blocks import foreign_blocks
 from segkit.nn.gates import Gate
-from segkit.nn.map_tap import MapTap, PassThrough, Stage
+from segkit.nn.map_tap import MapTap, PassThrough, Stage, computing_again, passing_through
 from segkit.nn.network import SegmentationNetwork, weights_of
 from segkit.nn.unet import Join, UNet
 
@@ -78,7 +79,8 @@ def attention_blocks(
     is given. Then the network runs once. A module counts if its class has a name of attention
     (`TransformerBlock`, `AttentionBlock`, `MultiheadAttention`, `ChannelSELayer`, …) and its output
     has the shape of its features. If attention is a part of a block with shortcuts, the block
-    counts.
+    counts, unless it contains convolutions over more than one voxel. A warning names attention that
+    runs but cannot be counted.
 
     Args:
         network: segkit's or any other.
@@ -158,36 +160,74 @@ def _named(position: str, path: str, module: nn.Module) -> Iterator[tuple[str, s
 def as_identity(network: nn.Module, blocks: Collection[str]) -> Iterator[None]:
     """Inside `with`, these blocks of a network are the identity; then the network is restored.
 
+    Every call of a block is replaced, however the network holds it. Blocks that are not segkit's
+    own are looked at in the first call of `network`, which therefore runs it once more:
+
+    - Features: the argument that reaches the output without weights (the skip of a gate), or else
+      the argument called `x`, `x_…` or `skip…`.
+    - If the block's output is added to these features outside the block, as in
+      `x + attention(norm(x))`, it is 0 there instead. Then the features stay as they are.
+
     Args:
-        network: segkit's or any other.
+        network: segkit's or any other. Call it itself inside `with`, not only a part of it.
         blocks: positions from `attention_blocks`, or names of modules (`named_modules`), whose
-            output must have the shape and the meaning of their argument `x`, or else of their
-            first, as that of a transformer block has.
+            output must have the shape and the meaning of their features.
 
     Raises:
-        ValueError: if the network has no such block, or if it is `nn.MultiheadAttention`, which is
-            only the attention of a block.
+        ValueError: if the network has no such block, or if it is `nn.MultiheadAttention`, whose
+            output is not only features. In the first call: if the network does not call the block,
+            or if several arguments may be its features.
 
     Example:
         with segkit.as_identity(model.network, segkit.attention_blocks(model.network)):
             without = segkit.Predictor(model)(scan)
     """
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    places = {block: _place(network, block) for block in blocks}
-    try:
-        # All places are known already, so an outer module and one in it can both be replaced.
-        for parent, child in places.values():
-            replaced.append((parent, child, getattr(parent, child)))
-            setattr(parent, child, PassThrough(getattr(parent, child)))
-        yield
-    finally:
-        for parent, child, module in reversed(replaced):
-            setattr(parent, child, module)
+    chosen = {block: _module(network, block) for block in blocks}
+    own = _own_blocks(network)
+    foreign = {block: module for block, module in chosen.items() if block not in own}
+    waiting = list(foreign)
+    with passing_through(list(chosen.values())) as identities:
+
+        def look(
+            network: nn.Module, given: tuple[object, ...], named: Mapping[str, object]
+        ) -> None:
+            if not waiting:
+                return
+            waiting.clear()  # first, because the hook runs again in this call of the network
+            with computing_again(network):
+                calls = calls_of(network, lambda: network(*given, **named))
+            names = {module: name for name, module in network.named_modules()}
+            for block, module in foreign.items():
+                _fit(identities[module], block, calls.get(names[module]))
+
+        handle = network.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
-def _place(network: nn.Module, block: str) -> tuple[nn.Module, str]:
-    """The module that holds a block, and the block's name in it."""
-    known, modules = _own_blocks(network), dict(network.named_modules())
+def _fit(identity: PassThrough, block: str, call: Call | None) -> None:
+    """Set the features of an identity, and whether it is a branch, by a call of the block."""
+    if call is None:
+        raise ValueError(
+            f"{block}: expected a module that the network calls, found one that it does not call; "
+            f"name one of attention_blocks(network, image)"
+        )
+    if call.rivals and not call.is_branch:
+        raise ValueError(
+            f"{block}: expected one argument to be the features, found several of the output's "
+            f"shape ({', '.join(call.rivals)}); name the block that contains it, or call the "
+            f"argument x"
+        )
+    identity.place, identity.argument = call.argument
+    identity.is_branch = call.is_branch
+
+
+def _module(network: nn.Module, block: str) -> nn.Module:
+    """The module of a block."""
+    known = _own_blocks(network)
+    modules = dict(network.named_modules(remove_duplicate=False))
     within = _prefix(network) + block
     path = known.get(block, within if block and within in modules else block)
     if path not in modules or not path:
@@ -195,13 +235,13 @@ def _place(network: nn.Module, block: str) -> tuple[nn.Module, str]:
             f"the network has no attention block {block!r}; it has {', '.join(known) or 'none'}, "
             f"and any other module can be given by its name"
         )
-    parent, _, child = path.rpartition(".")
     if isinstance(modules[path], nn.MultiheadAttention):
+        parent = path.rpartition(".")[0]
         raise ValueError(
             f"{block} is an nn.MultiheadAttention, whose output is added to features; choose the "
             f"block that contains it ({parent or 'there is none'})"
         )
-    return network.get_submodule(parent), child
+    return modules[path]
 
 
 def attention_share(
@@ -220,7 +260,7 @@ def attention_share(
         The numbers of the whole network, and those outside the blocks.
 
     Raises:
-        ValueError: if the network has no such block.
+        ValueError: as for `as_identity`.
 
     Example:
         image = torch.zeros(1, 1, 64, 64, 64)
@@ -228,7 +268,20 @@ def attention_share(
     """
     blocks = list(attention_blocks(network, image)) if blocks is None else blocks
     whole, work = count_parameters(network), count_multiply_adds(network, image)
+    outside = _count_outside(network, {_module(network, block) for block in blocks})
     with as_identity(network, blocks):
-        return AttentionShare(
-            whole, count_parameters(network), work, count_multiply_adds(network, image)
-        )
+        with in_prediction(network):
+            network(image)  # the first call does more work: it looks at the blocks
+        return AttentionShare(whole, outside, work, count_multiply_adds(network, image))
+
+
+def _count_outside(network: nn.Module, blocks: Collection[nn.Module]) -> int:
+    """Number of parameters of the modules that are in no block."""
+    parameters: set[nn.Parameter] = set()
+    waiting = [network]
+    while waiting:
+        module = waiting.pop()
+        if module not in blocks:
+            parameters.update(module.parameters(recurse=False))
+            waiting += module.children()
+    return sum(parameter.numel() for parameter in parameters)

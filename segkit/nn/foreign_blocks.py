@@ -3,21 +3,21 @@
 A network runs once. A module counts as an attention block if its class has such a name
 (`TransformerBlock`, `SwinTransformerBlock`, `AttentionBlock`, `ChannelSELayer` and so on). Its
 output must also have the shape of its features, so that the identity can replace it. If blocks are
-nested, only the outermost counts.
+nested, only the outermost counts. A warning names attention that runs but cannot be counted.
 """
 
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from segkit.nn.calls import Call, calls_of
 from segkit.nn.gates import Gate
-from segkit.nn.map_tap import features_argument
 
-WHOLE_BLOCK = re.compile(r".*transformer(encoder)?(block|layer)")
+logger = logging.getLogger(__name__)
+
+WHOLE_BLOCK = re.compile(r".*transformer(encoder|decoder)?(block|layer)")
 """Classes of whole blocks: attention, perceptron and their shortcuts."""
 ATTENTION = re.compile(
     r".*(attention|attn)(block|gate|module)?([23]d)?"
@@ -31,63 +31,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def is_attention(module: nn.Module) -> bool:
     """Whether the name of a module's class is one of attention, or of a gate."""
-    kind = type(module).__name__.lower().replace("_", "")
-    return ATTENTION.fullmatch(kind) is not None or isinstance(module, Gate)
-
-
-@dataclass(frozen=True)
-class Call:
-    """The shapes of one call of a module."""
-
-    features: tuple[int, ...] | None
-    """Shape of the argument that the identity would return; None if it is not a tensor."""
-    output: tuple[int, ...] | None
-    """Shape of the output; None if it is not a tensor."""
-
-    @property
-    def keeps_shape(self) -> bool:
-        """Whether the output has the shape of the features."""
-        return self.output is not None and self.features == self.output
-
-
-@contextmanager
-def in_prediction(network: nn.Module) -> Iterator[None]:
-    """Inside `with`, a network is in evaluation mode without gradients; then it is restored."""
-    modes = {part: part.training for part in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():  # not inference_mode: a module may keep tensors that it computes
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
-def calls_of(network: nn.Module, run: Callable[[], object]) -> dict[str, Call]:
-    """Runs a network by `run`, and returns the last call of each module by the module's name."""
-    found: dict[str, Call] = {}
-    handles = []
-    for name, module in network.named_modules():
-
-        def keep(
-            module: nn.Module,
-            given: tuple[object, ...],
-            named: Mapping[str, object],
-            output: object,
-            name: str = name,
-        ) -> None:
-            place, argument = features_argument(module)
-            features = named.get(argument, given[place] if place < len(given) else None)
-            found[name] = Call(_shape(features), _shape(output))
-
-        handles.append(module.register_forward_hook(keep, with_kwargs=True))
-    try:
-        with in_prediction(network):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    return ATTENTION.fullmatch(_kind(module)) is not None or isinstance(module, Gate)
 
 
 def foreign_blocks(
@@ -104,25 +48,41 @@ def foreign_blocks(
     modules = dict(network.named_modules())
     left_out = [name for name, module in modules.items() if isinstance(module, but)]
     found: list[str] = []
-    for name, module in modules.items():
-        if not name or name not in calls or _within(name, [*left_out, *found]):
+    # Some libraries use a wrapper for a choice of attention, which may be empty.
+    candidates = [
+        name
+        for name, module in modules.items()
+        if name in calls and _named_attention(module) and any(True for _ in module.parameters())
+    ]
+    for name in candidates:
+        if not name or _within(name, [*left_out, *found]):
             continue
-        kind = type(module).__name__.lower().replace("_", "")
-        whole = WHOLE_BLOCK.fullmatch(kind) is not None
-        # Some libraries use a wrapper for a choice of attention, which may be empty.
-        if not (whole or ATTENTION.fullmatch(kind)) or not any(True for _ in module.parameters()):
-            continue
+        whole = WHOLE_BLOCK.fullmatch(_kind(modules[name])) is not None
         block = name if whole else _around(name, modules, calls)
         if calls[block].keeps_shape:
             found.append(block)
+    lost = [
+        name
+        for name in candidates
+        if name
+        and not _within(name, [*left_out, *found])
+        and not any(_within(block, [name]) for block in found)
+    ]
+    if lost:
+        logger.warning(
+            "attention that is not counted, because its output does not have the shape of its "
+            "features: %s; name the blocks that contain it",
+            ", ".join(lost),
+        )
     return found
 
 
 def _around(name: str, modules: Mapping[str, nn.Module], calls: Mapping[str, Call]) -> str:
     """The block to which a module of attention belongs, with its shortcuts and its perceptron.
 
-    It is the outermost module that keeps the shape and contains neither other attention nor a
-    convolution over more than one voxel.
+    It is the outermost module that keeps the shape and contains no convolution over more than one
+    voxel. It contains other attention only if the features of neither pass around it inside, as in
+    a layer of self- and cross-attention.
 
     Args:
         name: name of the module of attention.
@@ -133,26 +93,30 @@ def _around(name: str, modules: Mapping[str, nn.Module], calls: Mapping[str, Cal
     while (parent := block.rpartition(".")[0]) and not isinstance(
         modules[parent], nn.ModuleList | nn.ModuleDict | nn.Sequential
     ):
-        kinds = [
-            part
+        others = any(
+            _named_attention(part) and not _within(f"{parent}.{place}", [block])
             for place, part in modules[parent].named_modules()
             if place
-            and not _within(f"{parent}.{place}", [name])
-            and ATTENTION.fullmatch(type(part).__name__.lower().replace("_", ""))
-        ]
+        )
         convolves = any(
             isinstance(part, CONVOLUTIONS) and max(part.kernel_size) > 1
             for part in modules[parent].modules()
         )
-        if parent not in calls or not calls[parent].keeps_shape or kinds or convolves:
+        if parent not in calls or not calls[parent].keeps_shape or convolves:
+            break
+        if others and calls[block].passes:
             break
         block = parent
     return block
 
 
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__.lower().replace("_", "")
+
+
+def _named_attention(module: nn.Module) -> bool:
+    return any(names.fullmatch(_kind(module)) for names in (WHOLE_BLOCK, ATTENTION))
+
+
 def _within(name: str, others: list[str]) -> bool:
     return any(not other or name == other or name.startswith(f"{other}.") for other in others)
-
-
-def _shape(value: object) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, Tensor) else None

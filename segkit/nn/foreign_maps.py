@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from segkit.errors import ModelError
 from segkit.geometry.grid import Placement
+from segkit.nn.calls import in_prediction
 from segkit.nn.follow import Followed, Follower, followed_calls
-from segkit.nn.foreign_blocks import in_prediction
 from segkit.nn.map_tap import MapInfo, MapTap
 
 TAP = "segkit_tap"

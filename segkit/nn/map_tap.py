@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -130,46 +131,98 @@ class Stage(nn.Sequential):
     """Blocks of attention one after another; each has its own position, 'bottleneck.0', …"""
 
 
-class PassThrough(nn.Module):
-    """The identity, which replaces an attention block and ignores its other arguments.
+class PassThrough:
+    """Replaces the `forward` of an attention block by the identity, which ignores other arguments.
 
     Args:
-        replaced: the block. Its attributes can still be read, which `nn.TransformerEncoder` does.
+        module: the block. It stays where it is, so it is replaced in every place that calls it.
     """
 
-    signal = "coarse"
+    def __init__(self, module: nn.Module) -> None:
+        self.place, self.argument = features_argument(module)
+        self.forward = module.forward
+        self.own_let_through = getattr(module, "let_through", None)
+        self.is_branch = False
+        """Whether the output is added to the features outside the block; then it is 0."""
+        self.asleep = False
+        """Whether the block computes as it did."""
 
-    def __init__(self, replaced: nn.Module) -> None:
-        super().__init__()
-        self.place, self.argument = features_argument(replaced)
-        # In a tuple, so that its parameters are not those of this module.
-        self.replaced = (replaced,)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "replaced" not in self.__dict__:
-                raise
-            return getattr(self.replaced[0], name)
-
-    def forward(self, *given: Any, **named: Any) -> Tensor:
-        """The features themselves."""
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        """The features themselves, or zeros if the block is a branch."""
+        if self.asleep:
+            return self.forward(*given, **named)
         features: Tensor = named[self.argument] if self.argument in named else given[self.place]
-        return features
+        return torch.zeros_like(features) if self.is_branch else features
 
     def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
         """The skip itself."""
+        if self.asleep and self.own_let_through is not None:
+            own: Tensor = self.own_let_through(skip, signal)
+            return own
         return skip
 
 
-def features_argument(module: nn.Module) -> tuple[int, str]:
-    """Position and name of the argument that the identity returns for a module.
+def replacement(module: nn.Module) -> PassThrough | None:
+    """The identity that replaces a module; None if nothing does."""
+    forward = vars(module).get("forward")
+    return forward if isinstance(forward, PassThrough) else None
 
-    It is the argument called `x`, or else the first. (A gate may take its signal before its skip,
-    as MONAI's `AttentionBlock(g, x)` does.)
+
+@contextmanager
+def passing_through(modules: Collection[nn.Module]) -> Iterator[dict[nn.Module, PassThrough]]:
+    """Inside `with`, these modules are the identity; then they are restored.
+
+    Yields:
+        The identity of each module, also of one that was replaced already.
     """
-    names = list(inspect.signature(module.forward).parameters) or [""]
+    identities = {module: replacement(module) or PassThrough(module) for module in modules}
+    new = [module for module in identities if replacement(module) is None]
+    before = [{name: vars(one)[name] for name in REPLACED if name in vars(one)} for one in new]
+    try:
+        for module in new:
+            identity = identities[module]
+            vars(module)["forward"] = identity
+            if identity.own_let_through is not None:
+                vars(module)["let_through"] = identity.let_through
+        yield identities
+    finally:
+        for module, own in zip(new, before, strict=True):
+            for name in REPLACED:
+                vars(module).pop(name, None)
+            vars(module).update(own)
+
+
+REPLACED = ("forward", "let_through")
+"""The methods of a block that its identity replaces."""
+
+
+@contextmanager
+def computing_again(network: nn.Module) -> Iterator[None]:
+    """Inside `with`, blocks that are replaced by the identity compute as they did."""
+    found = [one for one in map(replacement, network.modules()) if one is not None]
+    before = [one.asleep for one in found]
+    for one in found:
+        one.asleep = True
+    try:
+        yield
+    finally:
+        for one, asleep in zip(found, before, strict=True):
+            one.asleep = asleep
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """Names of the arguments of a module, also while the identity replaces it."""
+    identity = replacement(module)
+    forward = module.forward if identity is None else identity.forward
+    return list(inspect.signature(forward).parameters)
+
+
+def features_argument(module: nn.Module) -> tuple[int, str]:
+    """Position and name of the argument that the identity returns, by the names of arguments.
+
+    It is the argument called `x`, or else the first.
+    """
+    names = argument_names(module) or [""]
     place = names.index("x") if "x" in names else 0
     return place, names[place]
 
@@ -213,7 +266,7 @@ def maps_of(network: nn.Module) -> dict[str, MapInfo]:
 def edited(network: nn.Module) -> bool:
     """True if any tap of a network has an `edit`, or if a block is replaced by the identity."""
     return any(
-        isinstance(module, PassThrough) or (isinstance(module, MapTap) and module.edit is not None)
+        replacement(module) is not None or (isinstance(module, MapTap) and module.edit is not None)
         for module in network.modules()
     )
 

@@ -115,6 +115,57 @@ def test_a_module_of_any_network_can_be_named() -> None:
     assert torch.equal(network(tokens), whole)
 
 
+class Held(nn.Module):
+    """A network that calls its layers from a plain list, which holds the first one twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2)
+        )
+        self.also = nn.ModuleList([self.first])
+        self.listed = [self.first, self.second, self.first]
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        for layer in self.listed:
+            tokens = layer(tokens)
+        return tokens
+
+
+def test_a_block_is_replaced_wherever_it_is_held() -> None:
+    torch.manual_seed(0)
+    network, tokens = Held().eval(), torch.randn(2, 5, 8)
+    whole = network(tokens)
+    assert list(attention_blocks(network, tokens)) == ["first", "second"]
+    for names in (["first", "second"], ["also.0", "second"]):
+        with as_identity(network, names):
+            assert torch.equal(network(tokens), tokens)
+    with as_identity(network, ["first"]):
+        assert torch.equal(network(tokens), network.second(tokens))
+    assert torch.equal(network(tokens), whole) and not edited(network)
+    assert attention_share(network, tokens).parameters_outside == 8 * 8 + 8
+
+
+def test_blocks_can_be_replaced_within_blocks_that_are_replaced() -> None:
+    network, tokens = Held().eval(), torch.randn(2, 5, 8)
+    whole = network(tokens)
+    with as_identity(network, ["first"]):
+        with as_identity(network, ["first", "second"]):
+            assert torch.equal(network(tokens), tokens)
+        assert torch.equal(network(tokens), network.second(tokens))
+    assert torch.equal(network(tokens), whole) and not edited(network)
+
+
+def test_a_module_that_is_not_called_is_refused() -> None:
+    network = Held().eval()
+    with (
+        pytest.raises(ValueError, match="unused: expected a module that the network calls"),
+        as_identity(network, ["unused"]),
+    ):
+        network(torch.randn(2, 5, 8))
+
+
 def test_multiply_adds_are_those_worked_out_by_hand() -> None:
     # 5 x 7 voxels, 2 channels to 3, 3 x 3 cells: 35 * 2 * 3 * 9; then 3 to 4, 1 x 1: 35 * 12.
     layers = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 4, 1)).train()

@@ -36,8 +36,9 @@ from segkit.nn.attention_blocks import (
     attention_blocks,
     attention_share,
 )
-from segkit.nn.foreign_blocks import calls_of
-from segkit.nn.network import weights_of
+from segkit.nn.calls import calls_of, in_prediction
+from segkit.nn.map_tap import computing_again
+from segkit.nn.network import SegmentationNetwork, weights_of
 from segkit.system.progress import Track, untracked
 
 EVERY_BLOCK = "all blocks"
@@ -151,8 +152,8 @@ def judge_attention(
         Verdicts, the Dice behind them, and the share of the network outside attention.
 
     Raises:
-        ModelError: if the model has no such attention block, or if a block's output has another
-            shape than its features.
+        ModelError: if the model has no such attention block or does not call it, if its output has
+            another shape than its features, or if several of its arguments may be its features.
         VolumeError: if a reference does not fit its scan, or has labels that the model does not
             know, or if `unlabelled` names an unknown class.
 
@@ -186,39 +187,44 @@ def check_blocks(predictor: Predictor, blocks: Collection[str] | None = None) ->
         blocks: names of blocks; all of them if None.
 
     Raises:
-        ModelError: if there is none, or if a block's output has another shape than its features.
+        ModelError: if there is none, if a block is not called, if its output has
+            another shape than its features, or if several of its arguments may be its features.
     """
     network, image = predictor.model.network, _window(predictor)
     known = attention_blocks(network, image)
-    if blocks is None:
-        if not known:
-            raise ModelError(
-                "expected a model with attention blocks, but none was found in this one; name "
-                "them in Python (judge_attention(blocks=[…])), or train one with "
-                "network.attention"
-            )
-        return tuple(known)
-    if not blocks:
+    if blocks is None and not known:
+        raise ModelError(
+            "expected a model with attention blocks, but none was found in this one; name them in "
+            "Python (judge_attention(blocks=[…])), or train one with network.attention"
+        )
+    chosen = tuple(dict.fromkeys(known if blocks is None else blocks))
+    if not chosen:
         raise ModelError(
             "expected the names of attention blocks, found an empty list; list some, or leave out "
             "blocks"
         )
     try:
-        with as_identity(network, blocks):
-            pass
+        with as_identity(network, chosen), in_prediction(network):
+            _check_shapes(network, image, [block for block in chosen if block not in known])
+            network(image)
     except ValueError as error:
-        raise ModelError(str(error)) from None
-    calls = calls_of(weights_of(network), lambda: network(image))
+        raise ModelError(str(error)) from error
+    return chosen
+
+
+def _check_shapes(network: SegmentationNetwork, image: torch.Tensor, blocks: Sequence[str]) -> None:
+    """Raises a ModelError if one of these blocks is not called, or changes the shape."""
+    if not blocks:
+        return
+    with computing_again(network):
+        calls = calls_of(weights_of(network), lambda: network(image))
     for block in blocks:
-        if block in known:
-            continue
         if block not in calls or not calls[block].keeps_shape:
             shapes = f"{calls[block].features} to {calls[block].output}" if block in calls else ""
             raise ModelError(
                 f"{block}: expected a module whose output has the shape of its input, found "
                 f"{shapes or 'one that is not called'}; choose the block that contains it"
             )
-    return tuple(dict.fromkeys(blocks))
 
 
 def without_blocks(
