@@ -11,7 +11,7 @@ from torch import Tensor
 from segkit.config.model import ModelDescription
 from segkit.model.build import build_network
 from segkit.model.folder import Model, save_model
-from segkit.model.start_from import FIRST_LAYER, TakenOver, fitted_kernels, start_from
+from segkit.model.start_from import FIRST_LAYER, OUTPUTS, TakenOver, fitted_kernels, start_from
 from segkit.nn.network import weights_of
 
 KERNELS = torch.tensor([[1.0, 2.0, 6.0], [10.0, 20.0, 60.0]])[..., None, None, None]
@@ -98,8 +98,9 @@ def test_a_network_of_more_channels_begins_with_all_of_a_model(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     lent = saved(tmp_path, ["T1", "T2"], **changes)
-    network = build_network(description(["T2", "CT", "T1"], **changes))
-    taken = start_from(network, tmp_path, channels=["T2", "CT", "T1"])
+    told = description(["T2", "CT", "T1"], **changes)
+    network = build_network(told)
+    taken = start_from(network, tmp_path, description=told)
     own = weights_of(network).state_dict()
     first = lent[FIRST_LAYER]
     expected = torch.stack([first[:, 1], first.mean(dim=1), first[:, 0]], dim=1)
@@ -120,16 +121,90 @@ def test_a_network_of_more_channels_begins_with_all_of_a_model(
 
 def test_channels_in_another_order_are_put_right(tmp_path: Path) -> None:
     lent = saved(tmp_path, ["T1", "T2"])
-    network = build_network(description(["T2", "T1"]))
-    start_from(network, tmp_path, channels=["T2", "T1"])
+    told = description(["T2", "T1"])
+    network = build_network(told)
+    start_from(network, tmp_path, description=told)
     found = weights_of(network).state_dict()[FIRST_LAYER]
     assert torch.equal(found, lent[FIRST_LAYER].flip(1))
 
 
 def test_the_same_channels_are_copied_as_they_are(tmp_path: Path) -> None:
     lent = saved(tmp_path, ["T1", "T2"])
-    network = build_network(description(["T1", "T2"]))
-    taken = start_from(network, tmp_path, channels=["T1", "T2"])
+    told = description(["T1", "T2"])
+    network = build_network(told)
+    taken = start_from(network, tmp_path, description=told)
     assert taken == TakenOver(str(tmp_path), len(lent), len(lent))
     for key, value in weights_of(network).state_dict().items():
         assert torch.equal(value, lent[key])
+
+
+def classes(*names: str) -> dict[str, Any]:
+    return {"labels": {"background": 0} | {name: n for n, name in enumerate(names, start=1)}}
+
+
+def regions(*names: str) -> dict[str, Any]:
+    return {**classes(*names), "regions": {name: [1] for name in names}}
+
+
+POOLINGS = [{"kind": "mean"}, {"kind": "gated"}, {"kind": "learned_query"}]
+
+
+def with_head(pooling: dict[str, Any]) -> dict[str, Any]:
+    return {"network": {"channels": [4, 8, 8], "attention": {"head": pooling}}}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS, ids=lambda pooling: pooling["kind"])
+def test_the_layers_of_logits_are_those_with_a_row_for_each_class(pooling: dict[str, Any]) -> None:
+    two, three = (
+        weights_of(build_network(description(["T1"], **labels, **with_head(pooling)))).state_dict()
+        for labels in (classes("a", "b"), classes("a", "b", "c"))
+    )
+    depend = {key for key in two if two[key].shape != three[key].shape}
+    assert depend == {key for key in two if OUTPUTS.fullmatch(key)}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS, ids=lambda pooling: pooling["kind"])
+@pytest.mark.parametrize(
+    ("other", "own"),
+    [
+        (classes("liver", "tumour"), classes("kidney", "cyst")),
+        (classes("liver", "tumour"), classes("liver", "cyst")),
+        (regions("whole", "core"), classes("whole", "core")),
+        (regions("a", "b", "c"), classes("a", "b")),  # both have three rows of logits
+    ],
+    ids=["none", "one", "kind", "rows"],
+)
+def test_layers_that_compute_logits_of_other_classes_begin_anew(
+    other: dict[str, Any], own: dict[str, Any], pooling: dict[str, Any], tmp_path: Path
+) -> None:
+    lent = saved(tmp_path, ["T1"], **other, **with_head(pooling))
+    told = description(["T1"], **own, **with_head(pooling))
+    network = build_network(told)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    taken = start_from(network, tmp_path, description=told)
+    anew = [key for key in before if OUTPUTS.fullmatch(key)]
+    assert list(taken.anew) == anew and not taken.reordered
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key] if key in anew else lent[key]), key
+
+
+@pytest.mark.parametrize("pooling", POOLINGS, ids=lambda pooling: pooling["kind"])
+@pytest.mark.parametrize(
+    ("kind", "rows"), [(classes, [0, 2, 3, 1]), (regions, [1, 2, 0])], ids=["classes", "regions"]
+)
+def test_rows_of_the_same_classes_in_another_order_are_put_right(
+    kind: Any, rows: list[int], pooling: dict[str, Any], tmp_path: Path
+) -> None:
+    lent = saved(tmp_path, ["T1"], **kind("a", "b", "c"), **with_head(pooling))
+    told = description(["T1"], **kind("b", "c", "a"), **with_head(pooling))
+    network = build_network(told)
+    taken = start_from(network, tmp_path, description=told)
+    assert taken.reordered and taken.copied == taken.of
+    assert "by the names of the classes" in taken.told
+    for key, value in network.state_dict().items():
+        expected = lent[key]
+        if key.startswith("heads."):
+            expected = expected[rows]
+        elif OUTPUTS.fullmatch(key):
+            expected = expected[[1, 2, 0]]
+        assert torch.equal(value, expected), key
