@@ -15,8 +15,9 @@ from segkit.errors import ModelError, first_few
 from segkit.model.folder import Model, load_model, model_folders
 from segkit.nn.network import SegmentationNetwork, weights_of
 
-FIRST_LAYER = "encoder.0.1.layers.0.weight"
-"""Name of the only kernel of a U-Net that sees the channels of the image."""
+FIRST_LAYERS = {"convolution": "encoder.0.1.layers.0.weight", "mednext": "encoder.0.1.0.weight"}
+"""For each kind of block, the name of the only kernel of a U-Net that sees the channels of the
+image. If an image has no fewer channels than the finest level, `mednext` has none."""
 OUTPUTS = re.compile(r"(heads\.\d+|presence(\.classify)?)\.(weight|bias)|presence\.queries")
 """Names of the weights of a U-Net that have a row for each class or region."""
 CONVOLUTION = re.compile(r"(encoder\.\d+\.1|decoder\.\d+\.block)\..*weight")
@@ -95,7 +96,7 @@ def start_from(
     Raises:
         ModelError: there is no model or more than one, or no convolution in the blocks of the
             U-Net fits. (Between networks of different kinds or widths, only biases would fit, and
-            these are useless.)
+            these are useless.) Or the channels differ, and more layers than the first see them.
     """
     folders = model_folders(path)
     if len(folders) > 1:
@@ -117,10 +118,11 @@ def start_from(
             "network.spatial_dims, channels, strides and kernels"
         )
     copied = len(fitting)
-    first, sources = _first_layer(model, own, description.channels, other_channels)
+    first, sources = _first_layer(model, own, description, other_channels)
     if first is not None:
-        copied -= FIRST_LAYER in fitting
-        fitting[FIRST_LAYER] = first
+        name = FIRST_LAYERS[description.network.block.kind]
+        copied -= name in fitting
+        fitting[name] = first
     weights_of(network).load_state_dict(fitting, strict=False)
     anew = tuple(key for key in own if key not in fitting)
     reordered = order is not None and order != sorted(order)
@@ -201,15 +203,27 @@ def fitted_kernels(
 def _first_layer(
     model: Model,
     own: Mapping[str, Tensor],
-    channels: Sequence[str],
+    description: ModelDescription,
     other_channels: OtherChannels,
 ) -> tuple[Tensor | None, dict[str, str]]:
     """Kernels of the first layer and their origin; None if it is copied or begins anew."""
-    theirs = model.description.channels
-    given = weights_of(model.network).state_dict().get(FIRST_LAYER)
-    kernels = own.get(FIRST_LAYER)
-    if list(channels) == theirs or given is None or kernels is None:
+    theirs, channels = model.description.channels, description.channels
+    name = FIRST_LAYERS[description.network.block.kind]
+    given, kernels = weights_of(model.network).state_dict().get(name), own.get(name)
+    first_classes = [
+        stage.classes if stage else []
+        for stage in (model.description.first_stage, description.first_stage)
+    ]
+    same_labels = first_classes[0] == first_classes[1]
+    if channels == theirs and same_labels:
         return None, {}
+    if given is None or kernels is None:
+        raise ModelError(
+            f"{model.folder}: expected the channels {', '.join(channels)} and the same first stage "
+            f"or none, found {', '.join(theirs)}, and several layers see them; use the same "
+            "channels, or networks with more network.channels at the finest level than the image "
+            "has channels"
+        )
     if given.shape[:1] != kernels.shape[:1] or given.shape[2:] != kernels.shape[2:]:
         return None, {}
     # Behind the channels of the image stand those of the labels of a first stage, if there is one.
@@ -221,5 +235,4 @@ def _first_layer(
         channels=channels,
         other_channels=other_channels,
     )
-    same_labels = labels.shape == kernels[:, count:].shape
     return torch.cat([image, labels if same_labels else kernels[:, count:]], dim=1), sources
