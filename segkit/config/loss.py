@@ -37,8 +37,9 @@ class LossConfig(Section):
     """The weight of each class or region, by name; 1 if not given. In cross_entropy, focal and
     top_k it weights voxels (those of `background` too); in the other terms it weights classes."""
     level_weights: list[Annotated[float, Field(ge=0)]] | None = Field(None, min_length=1)
-    """The weight of each supervised level, finest first, relative to their sum. Default: each level
-    has half the weight of the next finer one."""
+    """The weight of each supervised level, finest first, relative to their sum. The first is above
+    0, because only the finest level predicts. Default: each level has half the weight of the next
+    finer one."""
     focal_gamma: Annotated[float, Field(ge=0, le=10)] = 2.0
     """The power of (1 - p) in `focal`; at 0, `focal` is the cross-entropy."""
     top_share: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -68,8 +69,11 @@ class LossConfig(Section):
                 "terms must include a term that counts voxels or overlap, found only "
                 f"{' and '.join(self.terms)}; add one, such as dice: 1"
             )
-        if self.level_weights is not None and not sum(self.level_weights) > 0:
-            raise ValueError("level_weights are all 0, so nothing would train; give one above 0")
+        if self.level_weights is not None and not self.level_weights[0] > 0:
+            raise ValueError(
+                "the first of level_weights must be above 0, found 0, because only the finest "
+                "level predicts; give it a number above 0"
+            )
         if self.false_positives + self.false_negatives == 0:
             raise ValueError("false_positives and false_negatives are both 0; give one above 0")
         return self

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segkit.config.model import ModelDescription
 from segkit.config.training import OtherChannels
 from segkit.errors import ModelError, first_few
 from segkit.model.folder import Model, load_model, model_folders
 from segkit.nn.network import SegmentationNetwork, weights_of
 
-FIRST_LAYER = "encoder.0.1.layers.0.weight"
-"""Name of the only kernel of a U-Net that sees the channels of the image."""
+FIRST_LAYERS = {"convolution": "encoder.0.1.layers.0.weight", "mednext": "encoder.0.1.0.weight"}
+"""For each kind of block, the name of the only kernel of a U-Net that sees the channels of the
+image. If an image has no fewer channels than the finest level, `mednext` has none."""
+OUTPUTS = re.compile(r"(heads\.\d+|presence(\.classify)?)\.(weight|bias)|presence\.queries")
+"""Names of the weights of a U-Net that have a row for each class or region."""
 CONVOLUTION = re.compile(r"(encoder\.\d+\.1|decoder\.\d+\.block)\..*weight")
 """Names of the weights in the blocks of a U-Net."""
 NAMES_TOLD = 4
@@ -36,6 +40,9 @@ class TakenOver:
     first layer was copied as it is, or begins anew."""
     anew: tuple[str, ...] = ()
     """Names of the weights that are not copied."""
+    reordered: bool = False
+    """Whether both have the same classes in another order, so that the rows of the layers that
+    compute logits were copied by the names of the classes."""
 
     @property
     def told(self) -> str:
@@ -44,6 +51,8 @@ class TakenOver:
         if self.channels:
             each = [f"{name}: {source}" for name, source in self.channels.items()]
             parts.append(f"kernels of the first layer for {first_few(each, NAMES_TOLD)}")
+        if self.reordered:
+            parts.append("those that compute logits by the names of the classes")
         if self.anew:
             parts.append(f"these begin anew: {first_few(list(self.anew), NAMES_TOLD)}")
         return "; ".join(parts)
@@ -56,6 +65,7 @@ class TakenOver:
             "of": self.of,
             "channels": dict(self.channels),
             "anew": list(self.anew),
+            "reordered": self.reordered,
             "told": self.told,
         }
 
@@ -64,18 +74,20 @@ def start_from(
     network: SegmentationNetwork,
     path: Path,
     *,
-    channels: Sequence[str] | None = None,
+    description: ModelDescription,
     other_channels: OtherChannels = "mean",
 ) -> TakenOver:
     """Copy weights of a model into a network, for each name and shape that both have.
 
-    If the model has other classes, its last layers are not copied. If it has other channels, its
-    first layer is fitted to the channels of the network by their names (see `fitted_kernels`).
+    If the model has other classes, or regions instead of classes, the layers that compute its
+    logits are not copied. If it has the same in another order, they are copied by their names. If
+    it has other channels, its first layer is fitted to the channels of the network by their names
+    (see `fitted_kernels`).
 
     Args:
         network: the network; it changes in place.
         path: a model folder, the folder of a run, or an address (see `fetch_model`).
-        channels: names of the channels of the network's image; those of the model if not given.
+        description: the description of the network.
         other_channels: the kernels of channels that the model does not have.
 
     Returns:
@@ -84,7 +96,7 @@ def start_from(
     Raises:
         ModelError: there is no model or more than one, or no convolution in the blocks of the
             U-Net fits. (Between networks of different kinds or widths, only biases would fit, and
-            these are useless.)
+            these are useless.) Or the channels differ, and more layers than the first see them.
     """
     folders = model_folders(path)
     if len(folders) > 1:
@@ -95,6 +107,8 @@ def start_from(
     model = load_model(path)
     given: dict[str, Tensor] = weights_of(model.network).state_dict()
     own: dict[str, Tensor] = weights_of(network).state_dict()
+    order = _order_of_classes(model.description, description)
+    given = _in_order(given, order, bool(description.regions))
     fitting = {
         key: value for key, value in given.items() if key in own and own[key].shape == value.shape
     }
@@ -104,13 +118,41 @@ def start_from(
             "network.spatial_dims, channels, strides and kernels"
         )
     copied = len(fitting)
-    first, sources = _first_layer(model, own, channels, other_channels)
+    first, sources = _first_layer(model, own, description, other_channels)
     if first is not None:
-        copied -= FIRST_LAYER in fitting
-        fitting[FIRST_LAYER] = first
+        name = FIRST_LAYERS[description.network.block.kind]
+        copied -= name in fitting
+        fitting[name] = first
     weights_of(network).load_state_dict(fitting, strict=False)
     anew = tuple(key for key in own if key not in fitting)
-    return TakenOver(str(path), copied, len(own), sources, anew)
+    reordered = order is not None and order != sorted(order)
+    return TakenOver(str(path), copied, len(own), sources, anew, reordered)
+
+
+def _order_of_classes(given: ModelDescription, own: ModelDescription) -> list[int] | None:
+    """For each class or region of a network, but the background, its place among a model's.
+
+    None if the names differ, or if one has classes and the other has regions.
+    """
+    names, own_names = list(given.labels)[1:], list(own.labels)[1:]
+    if bool(given.regions) != bool(own.regions) or set(names) != set(own_names):
+        return None
+    return [names.index(name) for name in own_names]
+
+
+def _in_order(
+    given: Mapping[str, Tensor], order: list[int] | None, is_of_regions: bool
+) -> dict[str, Tensor]:
+    """The weights with the rows of classes in this order; without these layers if it is None."""
+    if order is None:
+        return {key: value for key, value in given.items() if not OUTPUTS.fullmatch(key)}
+    with_background = order if is_of_regions else [0, *(place + 1 for place in order)]
+    return {
+        key: value[with_background if key.startswith("heads.") else order]
+        if OUTPUTS.fullmatch(key)
+        else value
+        for key, value in given.items()
+    }
 
 
 def fitted_kernels(
@@ -161,15 +203,27 @@ def fitted_kernels(
 def _first_layer(
     model: Model,
     own: Mapping[str, Tensor],
-    channels: Sequence[str] | None,
+    description: ModelDescription,
     other_channels: OtherChannels,
 ) -> tuple[Tensor | None, dict[str, str]]:
     """Kernels of the first layer and their origin; None if it is copied or begins anew."""
-    theirs = model.description.channels
-    given = weights_of(model.network).state_dict().get(FIRST_LAYER)
-    kernels = own.get(FIRST_LAYER)
-    if channels is None or list(channels) == theirs or given is None or kernels is None:
+    theirs, channels = model.description.channels, description.channels
+    name = FIRST_LAYERS[description.network.block.kind]
+    given, kernels = weights_of(model.network).state_dict().get(name), own.get(name)
+    first_classes = [
+        stage.classes if stage else []
+        for stage in (model.description.first_stage, description.first_stage)
+    ]
+    same_labels = first_classes[0] == first_classes[1]
+    if channels == theirs and same_labels:
         return None, {}
+    if given is None or kernels is None:
+        raise ModelError(
+            f"{model.folder}: expected the channels {', '.join(channels)} and the same first stage "
+            f"or none, found {', '.join(theirs)}, and several layers see them; use the same "
+            "channels, or networks with more network.channels at the finest level than the image "
+            "has channels"
+        )
     if given.shape[:1] != kernels.shape[:1] or given.shape[2:] != kernels.shape[2:]:
         return None, {}
     # Behind the channels of the image stand those of the labels of a first stage, if there is one.
@@ -181,5 +235,4 @@ def _first_layer(
         channels=channels,
         other_channels=other_channels,
     )
-    same_labels = labels.shape == kernels[:, count:].shape
     return torch.cat([image, labels if same_labels else kernels[:, count:]], dim=1), sources

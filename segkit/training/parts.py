@@ -322,7 +322,7 @@ def _network(
     taken_over = start_from(
         network,
         config.train.start_from,
-        channels=description.channels,
+        description=description,
         other_channels=config.train.other_channels,
     )
     return network, taken_over

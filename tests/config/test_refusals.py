@@ -116,3 +116,32 @@ def test_many_wrong_settings_are_counted() -> None:
     sentence = refused(Config, data=SMALLEST, **{f"wrong_{number}": 1 for number in range(30_000)})
     assert sentence.count("is not a setting") == MOST_KEYS
     assert sentence.endswith(" and 29,990 more") and len(sentence) < 500
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("train.steps", "train.patience", "train.minutes", "train.freeze.a", "train.averaging"),
+        *("train.loss.terms.dice", "train.loss.class_weights.a", "train.loss.level_weights.0"),
+        *("trainer.devices", "trainer.accumulate_grad_batches", "data.patch_size.0", "data.fold"),
+        *("network.channels.0", "network.spatial_dims", "data.synthesis.deformation"),
+    ],
+)
+@pytest.mark.parametrize("value", [True, False])
+def test_true_and_false_are_no_numbers(setting: str, value: bool) -> None:
+    tree: Any = value
+    for name in reversed(setting.split(".")):
+        tree = [tree, 16, 16] if name == "0" else {name: tree}
+    shown = str(value).lower()
+    with pytest.raises(ConfigError, match=rf"{re.escape(setting)} is {shown}: it should be"):
+        validated(Config, tree, "c.yaml")
+
+
+def test_settings_that_may_be_true_still_are() -> None:
+    tree = {"folder": "d", "patch_size": [16, 16, 16], "augment": False}
+    train = {"calibrate": True, "sgd": {"nesterov": False}}
+    config = validated(
+        Config, {"data": tree, "train": train, "trainer": {"deterministic": True}}, "c.yaml"
+    )
+    assert config.train.calibrate is True and config.train.sgd.nesterov is False
+    assert config.trainer.deterministic is True and config.data.augment is False

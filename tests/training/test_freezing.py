@@ -73,6 +73,8 @@ def test_a_list_of_patterns_is_frozen_to_the_end() -> None:
     assert TrainConfig.model_validate({"freeze": ["a.*", "b"]}).freeze == {"a.*": None, "b": None}
     with pytest.raises(ConfigError, match=r"c: freeze\.a is 0: it should be greater than 0"):
         validated(TrainConfig, {"freeze": {"a": 0}}, "c")
+    with pytest.raises(ConfigError, match=r"c: freeze\.a is true: it should be a whole number"):
+        validated(TrainConfig, {"freeze": {"a": True}}, "c")
     with pytest.raises(ConfigError, match=r"c: freeze is 'encoder\.\*': it should be"):
         validated(TrainConfig, {"freeze": "encoder.*"}, "c")
 

@@ -76,7 +76,8 @@ def test_every_term_waits_for_nothing() -> None:
     [
         ({"terms": {"boundary": 1.0}}, "must include a term that counts voxels"),
         ({"terms": {}}, "terms"),
-        ({"level_weights": [0.0, 0.0]}, "level_weights are all 0"),
+        ({"level_weights": [0.0, 0.0]}, "first of level_weights must be above 0, found 0"),
+        ({"level_weights": [0.0, 1.0]}, "first of level_weights must be above 0, found 0"),
         ({"false_positives": 0.0, "false_negatives": 0.0}, "are both 0"),
     ],
 )

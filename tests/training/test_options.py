@@ -95,14 +95,16 @@ def test_a_run_may_start_from_a_model_of_other_classes(tmp_path: Path) -> None:
     data = small_dataset(tmp_path / "data")
     first = train(small_config(data), runs=tmp_path)
     lent = load_file(first.folder / "model" / "weights.safetensors")
-    other = load_model(first.folder).network
+    described, other = first.model.description, load_model(first.folder).network
     torch.manual_seed(1)
     for parameter in other.parameters():
         nn.init.normal_(parameter)
     head = other.heads[0]
     other.heads[0] = nn.Conv3d(head.in_channels, 5, kernel_size=1)
     own = {key: value.clone() for key, value in other.heads.state_dict().items()}
-    taken = start_from(other, first.folder)
+    labels = {"background": 0, "a": 1, "b": 2, "c": 3, "d": 4}
+    told = described.model_copy(update={"labels": labels})
+    taken = start_from(other, first.folder, description=told)
     assert taken.told == (
         f"{len(lent) - 2} of {len(lent)} weights were copied from {first.folder}; "
         "these begin anew: heads.0.weight, heads.0.bias"
@@ -220,7 +222,7 @@ def test_a_model_of_which_nothing_fits_is_refused(tmp_path: Path) -> None:
     strange = nn.Sequential(*[nn.Linear(3, 3)])
     other.state_dict = strange.state_dict  # type: ignore[method-assign]
     with pytest.raises(ModelError, match="none of its weights fits the network"):
-        start_from(other, first.folder)
+        start_from(other, first.folder, description=first.model.description)
 
 
 # When to end
