@@ -137,7 +137,7 @@ class _Watch(TorchDispatchMode):
     """Follows the sources of all tensors, and notes the calls of modules."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sources = WeakTensorKeyDictionary()
         """Numbers of the tensors from which each tensor is made without weights. Weights have
         none."""

@@ -195,9 +195,7 @@ def _verdict(
     return replace(verdict, reason=reason)
 
 
-def _reason(
-    verdict: GateVerdict, of: Hypothesis, num_tested: int, *, like_untrained: bool
-) -> str:
+def _reason(verdict: GateVerdict, of: Hypothesis, num_tested: int, *, like_untrained: bool) -> str:
     """One sentence: the verdict, the loss of Dice without the channel, and its measures."""
     figures = verdict.figures
     scans = counted(of.cases, "scan")
@@ -255,9 +253,7 @@ def _rises(lost: float) -> bool:
     return lost < -0.0005
 
 
-def _said(
-    verdict: GateVerdict, of: Hypothesis, num_tested: int, *, like_untrained: bool
-) -> str:
+def _said(verdict: GateVerdict, of: Hypothesis, num_tested: int, *, like_untrained: bool) -> str:
     match verdict.word:
         case "informative":
             return f"the gate {verdict.claim}, the network needs it, and it was learned"
