@@ -35,7 +35,8 @@ class LossConfig(Section):
     """The weight of each term in the sum."""
     class_weights: dict[str, Weight] = Field({})
     """The weight of each class or region, by name; 1 if not given. In cross_entropy, focal and
-    top_k it weights voxels (those of `background` too); in the other terms it weights classes."""
+    top_k it weights voxels (those of `background` too); in the other terms it weights classes
+    (`background` only in generalised_dice). A weight that changes nothing is refused."""
     level_weights: list[Annotated[float, Field(ge=0)]] | None = Field(None, min_length=1)
     """The weight of each supervised level, finest first, relative to their sum. The first is above
     0, because only the finest level predicts. Default: each level has half the weight of the next

@@ -96,13 +96,20 @@ def start_from(
     Raises:
         ModelError: there is no model or more than one, or no convolution in the blocks of the
             U-Net fits. (Between networks of different kinds or widths, only biases would fit, and
-            these are useless.) Or the channels differ, and more layers than the first see them.
+            these are useless.) Or the channels differ, and more layers than the first see them. Or
+            the network is a module from Python.
     """
     folders = model_folders(path)
     if len(folders) > 1:
         raise ModelError(
             f"{path}: expected one model, found the models of {len(folders)} folds; choose one, "
             f"such as {folders[0].parent}"
+        )
+    if description.network.given is not None:
+        raise ModelError(
+            f"{path}: train.start_from copies weights only into segkit's own networks, found a "
+            "module from Python; load its weights into the module before you pass it, as by "
+            "load_model(path, network=module), and remove train.start_from"
         )
     model = load_model(path)
     given: dict[str, Tensor] = weights_of(model.network).state_dict()

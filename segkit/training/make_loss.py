@@ -18,6 +18,15 @@ from segkit.nn.losses import (
 from segkit.nn.network import SegmentationNetwork
 from segkit.training.module import Loss
 
+WITHOUT_BACKGROUND: tuple[TermName, ...] = (
+    "dice",
+    "tversky",
+    "focal_tversky",
+    "boundary",
+    "centre_line",
+)
+"""Terms that compute the mean over all outputs but the background."""
+
 
 def make_loss(config: LossConfig, description: ModelDescription, *, pool_batch: bool) -> Loss:
     """The loss over all supervised levels, for classes, or for regions if the model has any.
@@ -32,7 +41,8 @@ def make_loss(config: LossConfig, description: ModelDescription, *, pool_batch: 
         scalar.
 
     Raises:
-        ConfigError: a weight is given to a class that the model does not have.
+        ConfigError: a weight is given to a class that the model does not have, or to a class that
+            no term weights.
     """
     regions = tuple(tuple(group) for group in description.regions.values())
     ignore = description.ignore
@@ -48,7 +58,7 @@ def make_loss(config: LossConfig, description: ModelDescription, *, pool_batch: 
     total = sum(config.level_weights or ())
     return SummedLoss(
         terms=tuple((weight, _term(name, config)) for name, weight in config.terms.items()),
-        weights=_class_weights(config, description.labelling.outputs),
+        weights=_class_weights(config, description),
         regions=regions,
         spacing=description.spacing,
         levels=tuple(weight / total for weight in config.level_weights or ()) or None,
@@ -102,11 +112,34 @@ def _term(name: TermName, config: LossConfig) -> Term:
     return terms[name]
 
 
-def _class_weights(config: LossConfig, outputs: tuple[str, ...]) -> tuple[float, ...]:
-    for name in config.class_weights:
+def _class_weights(config: LossConfig, description: ModelDescription) -> tuple[float, ...]:
+    outputs = description.labelling.outputs
+    weighted = _weighted_outputs(config, description)
+    for name, weight in config.class_weights.items():
         if name not in outputs:
             raise ConfigError(
                 f"train.loss.class_weights has {name!r}, which is not one of "
                 f"{', '.join(outputs)}; correct the name"
             )
+        if weight != 1 and name not in weighted:
+            raise ConfigError(
+                f"train.loss.class_weights has {weight:g} for {name!r}, which has no effect: "
+                f"{', '.join(config.terms)} average over classes, and {name!r} is the only one or "
+                f"not among them; remove it"
+            )
     return tuple(config.class_weights.get(name, 1.0) for name in outputs)
+
+
+def _weighted_outputs(config: LossConfig, description: ModelDescription) -> set[str]:
+    """The classes or regions whose weights change the loss.
+
+    Most terms divide by the sum of the weights, so a single weight has no effect.
+    """
+    outputs = description.labelling.outputs
+    structures = outputs if description.regions else outputs[1:]
+    found: set[str] = set()
+    for term in config.terms:
+        scope = structures if term in WITHOUT_BACKGROUND else outputs
+        if len(scope) > 1 or term == "top_k":
+            found |= {*scope}
+    return found

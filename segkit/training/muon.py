@@ -22,7 +22,10 @@ class MuonForKernels(Optimizer):
 
     Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) takes the momentum of a kernel as
     a matrix, makes it orthogonal, and uses it as the step. It is applied to kernels of convolutions
-    over more than one voxel, as matrices of their first axis and all others. AdamW updates biases,
+    over more than one voxel, as matrices of their first axis and all others. (For a convolution,
+    this is the matrix of the linear map from a window to a voxel. If a transposed convolution has a
+    stride of its kernel size, it is the transpose of the map from a voxel to its block; the step is
+    the transpose too, so it is the same.) AdamW updates biases,
     normalisations, and weights that mix the channels of one voxel (gates, heads, tokens). The step
     of an m x n matrix is scaled by 0.2 * sqrt(max(m, n)) (Liu et al. 2025), so that both use the
     same learning rate and decay. torch.optim.Muon gives the same steps, but takes only matrices.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from segkit.config.model import FirstStageConfig, ModelDescription
 from segkit.errors import ModelError
-from segkit.model.build import build_network
-from segkit.model.folder import Model, save_model
+from segkit.model.build import build_network, wrap_network
+from segkit.model.folder import Model, described_model, load_model, save_model
 from segkit.model.start_from import FIRST_LAYERS, OUTPUTS, TakenOver, fitted_kernels, start_from
 from segkit.nn.network import weights_of
 
@@ -137,6 +137,19 @@ def test_channels_in_another_order_are_put_right(changes: dict[str, Any], tmp_pa
     name = first_layer_of(changes)
     found = weights_of(network).state_dict()[name]
     assert torch.equal(found, lent[name].flip(1))
+
+
+def test_a_module_from_python_is_refused_with_the_way_to_load_its_weights(tmp_path: Path) -> None:
+    given = {"network": {"given": {"multiple": [1, 1, 1]}}}
+    told, module = description(["T1"], **given), torch.nn.Conv3d(1, 2, 1)
+    save_model(tmp_path, described_model(told, module))
+    again = torch.nn.Conv3d(1, 2, 1)
+    with pytest.raises(
+        ModelError, match=r"load_model\(path, network=module\), and remove train\.st"
+    ):
+        start_from(wrap_network(told, again), tmp_path, description=told)
+    load_model(tmp_path, network=again)
+    assert torch.equal(again.weight, module.weight)
 
 
 def test_other_channels_are_refused_if_several_layers_see_them(tmp_path: Path) -> None:

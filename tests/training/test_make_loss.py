@@ -9,6 +9,7 @@ from segkit import ConfigError, fit, load_config, prepare
 from segkit.config.loss import ADDED, LossConfig, TermName
 from segkit.nn.losses import SummedLoss
 from segkit.training.make_loss import make_loss
+from segkit.training.resume import resume
 from tests.models import description
 from tests.nn.test_loss_terms import EVERY
 from tests.nn.test_losses import example
@@ -96,6 +97,49 @@ def test_names_of_classes_and_numbers_of_levels_must_be_those_of_the_model(
     with pytest.raises(ConfigError, match="has 4 numbers, but the network supervises"):
         prepare(small, runs=tmp_path / "runs")
     assert not list((tmp_path / "runs").glob("[!.]*"))
+
+
+REGIONS = THREE.model_copy(
+    update={"labels": {"background": 0, "whole": 1}, "regions": {"whole": [1]}}
+)
+
+
+@pytest.mark.parametrize("weighted", ["label 0", "label 1", "whole"])
+@pytest.mark.parametrize("name", TERMS)
+def test_a_class_weight_is_refused_exactly_if_it_does_not_change_the_loss(
+    name: TermName, weighted: str
+) -> None:
+    described = REGIONS if weighted == "whole" else description(classes=2, spacing=(1.0, 1.0, 1.0))
+    torch.manual_seed(0)
+    logits = torch.randn(2, len(described.labelling.outputs), 6, 5, 4)
+    label = (torch.rand(2, 6, 5, 4) < 0.3).long()
+    settings = config(name, class_weights={weighted: 5.0})
+    plain, changed = (
+        SummedLoss(
+            tuple((1.0, EVERY[term]) for term in settings.terms),
+            tuple(5.0 if output == weighted and given else 1.0 for output in outputs),
+            regions=tuple(tuple(group) for group in described.regions.values()),
+        )([logits], label)
+        for outputs in [described.labelling.outputs]
+        for given in (False, True)
+    )
+    if torch.isclose(plain, changed, rtol=1e-6):
+        with pytest.raises(ConfigError, match=rf"has 5 for '{weighted}', which has no effect"):
+            make_loss(settings, described, pool_batch=False)
+    else:
+        make_loss(settings, described, pool_batch=False)
+    make_loss(config(name, class_weights={weighted: 1.0}), described, pool_batch=False)
+
+
+def test_class_weights_without_effect_are_refused_if_a_run_is_resumed(tmp_path: Path) -> None:
+    data = small_dataset(tmp_path / "data")
+    train = {"steps": 1, "pictures": 0, "loss": {"terms": {"dice": 1.0}}}
+    run = fit(prepare(small_config(data, train=train), runs=tmp_path), runs=tmp_path)
+    before = (run.folder / "config.yaml").read_text()
+    changes = ["train.steps=2", "train.loss.class_weights={ball: 5}"]
+    with pytest.raises(ConfigError, match="has 5 for 'ball', which has no effect"):
+        resume(run.folder, overrides=changes)
+    assert (run.folder / "config.yaml").read_text() == before
 
 
 def test_a_run_trains_by_the_loss_that_it_was_given_and_says_so(tmp_path: Path) -> None:

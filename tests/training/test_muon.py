@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -87,6 +88,23 @@ def test_a_step_without_momentum_is_worked_out_by_hand() -> None:
     # (4, 3) / 5 has length 1, and one iteration makes of it 3.4445 - 4.7750 + 2.0315 = 0.7010.
     expected = 3.0 * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 2**0.5 * 0.7010 * torch.tensor([0.8, 0.6])
     assert_close(kernel.detach().flatten(), expected)
+
+
+def test_a_step_of_a_transposed_convolution_is_that_of_the_map_from_a_voxel_to_its_block() -> None:
+    layer = nn.ConvTranspose2d(3, 2, kernel_size=2, stride=2, bias=False)
+    voxels = torch.eye(3)[..., None, None]
+
+    def matrix_of(kernel: Tensor) -> Tensor:
+        """Its columns are the blocks of the unit vectors: (2 channels x 4 voxels) x 3."""
+        return F.conv_transpose2d(voxels, kernel, stride=2).flatten(1).T
+
+    before = matrix_of(layer.weight.detach())
+    layer.weight.grad = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(2))
+    MuonForKernels([layer.weight], lr=0.1, weight_decay=0.0, momentum=0.0, nesterov=False).step()
+    moved = matrix_of(layer.weight.detach()) - before
+    assert before.shape == (8, 3)
+    expected = -0.1 * 0.2 * 8**0.5 * orthogonal(matrix_of(layer.weight.grad), 5)
+    assert_close(moved, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_its_state_is_saved_and_loaded_whole() -> None:
