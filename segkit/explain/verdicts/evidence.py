@@ -24,7 +24,12 @@ from segkit.config.labels import Labelling
 from segkit.data.label_numbers import volume_within
 from segkit.explain.heads.study import ScoredVolume, check_case, on_one_grid
 from segkit.explain.measures.cells import Cells, pictures, seen_part
-from segkit.explain.measures.measure_maps import FOREGROUND, HALF, measured_structures
+from segkit.explain.measures.measure_maps import (
+    FOREGROUND,
+    HALF,
+    measured_structures,
+    name_of_all,
+)
 from segkit.explain.measures.ranks import Ranked, spearman
 from segkit.explain.verdicts.ablation import ablated_maps, class_dice, observing_means
 from segkit.explain.verdicts.comparators import (
@@ -106,6 +111,8 @@ class CaseEvidence:
     """The labels that the maps are compared with. Without a reference there is no verdict."""
     channels: Mapping[GateChannel, ChannelEvidence] = field(default_factory=dict)
     """The evidence on each channel, in the order of the network's maps."""
+    name_of_all: str = FOREGROUND
+    """The name of all structures together."""
 
 
 def gather_evidence(
@@ -174,7 +181,8 @@ def gather_evidence(
             others = [draw[key][channel] for draw in draws]
             before = [one.channels[unit].box for one in earlier if unit in one.channels]
             found[unit] = grid.evidence(values, others, before, drops[unit])
-    return CaseEvidence(case, "prediction" if reference is None else "reference", found)
+    against: Literal["reference", "prediction"] = "prediction" if reference is None else "reference"
+    return CaseEvidence(case, against, found, name_of_all(labelling))
 
 
 def channels_of(attention_map: AttentionMap) -> list[CellValues3d]:
@@ -258,10 +266,10 @@ def holds_foreground(labels: Volume, labelling: Labelling) -> bool:
 
 
 def with_foreground(scores: Mapping[str, float], labelling: Labelling) -> dict[str, float]:
-    """Scores of structures; if there are several, also their mean as FOREGROUND."""
+    """Scores of structures; if there are several, also their mean, named as `name_of_all` says."""
     if len(labelling.members) < 2 or not scores:
         return dict(scores)
-    return {**scores, FOREGROUND: sum(scores.values()) / len(scores)}
+    return {**scores, name_of_all(labelling): sum(scores.values()) / len(scores)}
 
 
 class _Shared:

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from segkit.config.labels import Labelling
 from segkit.errors import VolumeError
+from segkit.explain.measures.measure_maps import measured_structures, name_of_all
 from segkit.explain.verdicts.comparators import Sides, boxed, mean_map
 from segkit.explain.verdicts.evidence import (
     BEST_IMAGE,
@@ -15,6 +17,7 @@ from segkit.explain.verdicts.evidence import (
     CaseEvidence,
     ChannelEvidence,
     gather_evidence,
+    with_foreground,
 )
 from segkit.explain.verdicts.judge import judge_gates
 from segkit.inference.predictor import Predictor
@@ -136,6 +139,21 @@ def test_dice_falls_only_if_both_of_two_substitute_gates_are_removed() -> None:
         one = channel_of(found, channel)
         assert one.drops == {"label 1": (0.0, 1.0)}
         assert one.aurocs["label 1"]["map"] == auroc
+
+
+def test_a_class_called_foreground_keeps_its_name_beside_all_structures() -> None:
+    labelling = Labelling({"background": 0, "foreground": 1, "two": 2})
+    assert measured_structures(labelling) == {
+        "foreground": (1,),
+        "two": (2,),
+        "all structures": (1, 2),
+    }
+    assert with_foreground({"foreground": 0.2, "two": 0.6}, labelling) == pytest.approx(
+        {"foreground": 0.2, "two": 0.6, "all structures": 0.4}
+    )
+    both = Labelling({"background": 0, "foreground": 1, "all structures": 2})
+    assert name_of_all(both) == "all structures 2"
+    assert name_of_all(Labelling({"background": 0, "one": 1})) == "foreground"
 
 
 def test_a_reference_that_does_not_fit_is_refused() -> None:
