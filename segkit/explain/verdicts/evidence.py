@@ -146,8 +146,8 @@ def gather_evidence(
         seed: seed of the untrained networks and the random order of equal values.
         untrained: makes an untrained network from a seed. If None, networks are built from the
             model's description.
-        unlabelled: classes or regions that nobody labelled in the reference. They have no drops and
-            no AUROC, and neither has the whole foreground.
+        unlabelled: classes or regions that nobody labelled in the reference. They have no drops, no
+            AUROC and no deletion curves, and neither have all structures together.
         track: reports the progress.
 
     Raises:
@@ -435,7 +435,7 @@ class _MapGrid:
             draws: the same channel of untrained networks, by name.
             earlier: the same channel in other scans.
         """
-        if not self.shared.agreement.structures:
+        if not set(self.shared.agreement.structures) & set(self.shared.structures):
             return {}
         known = np.isfinite(values)
         orders = {HIGH_FIRST: values, LOW_FIRST: -values}
@@ -486,4 +486,5 @@ class _MapGrid:
         return [
             replace(curve, fractions=FRACTIONS, scores=(1.0, *curve.scores, *end.scores))
             for curve, end in zip(curves, self.known[memory], strict=True)
+            if curve.structure in shared.structures
         ]

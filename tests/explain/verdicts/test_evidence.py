@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from segkit.config.labels import Labelling
-from segkit.errors import VolumeError
+from segkit.errors import ModelError, VolumeError
 from segkit.explain.measures.measure_maps import measured_structures, name_of_all
 from segkit.explain.verdicts.comparators import Sides, boxed, mean_map
 from segkit.explain.verdicts.evidence import (
@@ -139,6 +139,37 @@ def test_dice_falls_only_if_both_of_two_substitute_gates_are_removed() -> None:
         one = channel_of(found, channel)
         assert one.drops == {"label 1": (0.0, 1.0)}
         assert one.aurocs["label 1"]["map"] == auroc
+
+
+def test_arguments_that_would_be_ignored_are_refused() -> None:
+    predictor, case = planted("mask"), moved_case(0)
+    pairs = [(case.volume, case.reference)]
+    with pytest.raises(VolumeError, match=r"^expected pairs of a scan .* found none"):
+        judge_gates(predictor, [])
+    with pytest.raises(VolumeError, match=r"unlabelled has the index 7, .* only 1 pair;"):
+        judge_gates(predictor, pairs, unlabelled={7: ["label 1"]})
+    with pytest.raises(
+        VolumeError, match=r"expected a list .* string 'label 1'; use \['label 1'\]"
+    ):
+        judge_gates(predictor, pairs, unlabelled={0: "label 1"})
+    with pytest.raises(ModelError, match="expected a seed of 0 or more, found -1"):
+        judge_gates(predictor, pairs, seed=-1)
+
+
+def test_an_unlabelled_structure_has_no_deletion_curves() -> None:
+    predictor, case = planted("mask"), moved_case(0)
+    prediction = predictor(case.volume, maps=True)
+    found = gather_evidence(
+        predictor,
+        case.volume,
+        case.reference,
+        prediction.maps,
+        labels=prediction.labels,
+        case="x",
+        untrained=untrained_planted,
+        unlabelled=["label 1"],
+    )
+    assert channel_of(found).areas("label 1") == {} == channel_of(found).drops
 
 
 def test_a_class_called_foreground_keeps_its_name_beside_all_structures() -> None:
