@@ -410,6 +410,11 @@ def check_case(case: LabelledCase, labelling: Labelling) -> None:
 
 def check_unlabelled(case: str, unlabelled: Collection[str], labelling: Labelling) -> None:
     """Raise VolumeError if the model does not know one of these classes or regions."""
+    if isinstance(unlabelled, str):
+        raise VolumeError(
+            f"{case}: expected a list of classes in unlabelled, found the string {unlabelled!r}; "
+            f"use [{unlabelled!r}]"
+        )
     if unknown := [each for each in unlabelled if each not in labelling.members]:
         raise VolumeError(
             f"{case}: unlabelled has {unknown[0]!r}, which is not one of "

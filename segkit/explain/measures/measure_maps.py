@@ -1,5 +1,6 @@
 """Compare every map of a scan with labels, and compare intensity and gradient as baselines."""
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ HALF = 0.5 - 1e-6
 MAGNITUDE = "magnitude"
 """Name of the absolute values of an attribution."""
 FOREGROUND = "foreground"
-"""Name of all structures together, if there are several."""
+"""Name of all structures together, if there are several and none has this name."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,13 @@ def measure_maps(
     return measured
 
 
+def name_of_all(labelling: Labelling) -> str:
+    """The name of all structures together: FOREGROUND, or another one if a structure has it."""
+    others = (f"all structures {number}" for number in itertools.count(2))
+    names = itertools.chain((FOREGROUND, "all structures"), others)
+    return next(name for name in names if name not in labelling.members)
+
+
 def measured_structures(
     labelling: Labelling, unlabelled: Collection[str] = ()
 ) -> dict[str, tuple[int, ...]]:
@@ -107,7 +115,9 @@ def measured_structures(
     members = labelling.members
     found = {name: numbers for name, numbers in members.items() if name not in unlabelled}
     if len(members) > 1 and len(found) == len(members):
-        found[FOREGROUND] = tuple(sorted({number for some in found.values() for number in some}))
+        found[name_of_all(labelling)] = tuple(
+            sorted({number for some in found.values() for number in some})
+        )
     return found
 
 

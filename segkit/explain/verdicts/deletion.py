@@ -18,7 +18,7 @@ from numpy import ndarray
 from scipy.integrate import trapezoid
 from torch import Tensor
 
-from segkit.explain.measures.measure_maps import FOREGROUND
+from segkit.explain.measures.measure_maps import name_of_all
 from segkit.explain.measures.ranks import without_rounding_noise
 from segkit.geometry.grid import Grid
 from segkit.geometry.resample import nearest
@@ -132,8 +132,8 @@ class SoftDiceToFirst:
     2 Σ p q / (Σ p² + Σ q²) over the voxels of the network's grid, with a structure's probabilities
     p for the image and q for the original (Milletari et al. 2016, arXiv:1606.04797, Eq. 3). It is 1
     for the original itself. Only structures that are predicted in the original have a score; if the
-    model has several structures, their mean is FOREGROUND. Only the first model of an ensemble is
-    used, without mirroring.
+    model has several structures, their mean has the name of `name_of_all`. Only the first model of
+    an ensemble is used, without mirroring.
 
     Args:
         predictor: runs the model.
@@ -153,6 +153,7 @@ class SoftDiceToFirst:
         self.member = predictor.members[0]
         self.skip = skip
         labelling = self.member.model.description.labelling
+        self.all = name_of_all(labelling)
         self.regions = labelling.written is not None
         outputs = [labelling.outputs.index(name) for name in structures]
         self.expected: list[Tensor] = []
@@ -183,7 +184,7 @@ class SoftDiceToFirst:
             size += (shares**2 + expected**2).flatten(1).sum(dim=1).double().cpu()
         scores = dict(zip(self.structures, (2 * both / size).tolist(), strict=True))
         if self.several and scores:
-            scores[FOREGROUND] = sum(scores.values()) / len(scores)
+            scores[self.all] = sum(scores.values()) / len(scores)
         return scores
 
     def _probabilities(self, slab: Slab) -> Tensor:

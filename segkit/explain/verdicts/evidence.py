@@ -25,7 +25,12 @@ from segkit.config.labels import Labelling
 from segkit.data.label_numbers import volume_within
 from segkit.explain.heads.study import ScoredVolume, check_case, on_one_grid
 from segkit.explain.measures.cells import Cells, constant_background, pictures, seen_part
-from segkit.explain.measures.measure_maps import FOREGROUND, HALF, measured_structures
+from segkit.explain.measures.measure_maps import (
+    FOREGROUND,
+    HALF,
+    measured_structures,
+    name_of_all,
+)
 from segkit.explain.measures.ranks import Ranked, spearman
 from segkit.explain.verdicts.ablation import ablated_maps, class_dice, observing_means
 from segkit.explain.verdicts.comparators import (
@@ -109,6 +114,8 @@ class CaseEvidence:
     """The labels that the maps are compared with. Without a reference there is no verdict."""
     channels: Mapping[GateChannel, ChannelEvidence] = field(default_factory=dict)
     """The evidence on each channel, in the order of the network's maps."""
+    name_of_all: str = FOREGROUND
+    """The name of all structures together."""
 
 
 def gather_evidence(
@@ -142,8 +149,8 @@ def gather_evidence(
         seed: seed of the untrained networks and the random order of equal values.
         untrained: makes an untrained network from a seed. If None, networks are built from the
             model's description.
-        unlabelled: classes or regions that nobody labelled in the reference. They have no drops and
-            no AUROC, and neither has the whole foreground.
+        unlabelled: classes or regions that nobody labelled in the reference. They have no drops, no
+            AUROC and no deletion curves, and neither have all structures together.
         track: reports the progress.
 
     Raises:
@@ -177,7 +184,8 @@ def gather_evidence(
             others = [draw[key][channel] for draw in draws]
             before = [one.channels[unit].box for one in earlier if unit in one.channels]
             found[unit] = grid.evidence(values, others, before, drops[unit])
-    return CaseEvidence(case, "prediction" if reference is None else "reference", found)
+    against: Literal["reference", "prediction"] = "prediction" if reference is None else "reference"
+    return CaseEvidence(case, against, found, name_of_all(labelling))
 
 
 def channels_of(attention_map: AttentionMap) -> list[CellValues3d]:
@@ -261,10 +269,10 @@ def holds_foreground(labels: Volume, labelling: Labelling) -> bool:
 
 
 def with_foreground(scores: Mapping[str, float], labelling: Labelling) -> dict[str, float]:
-    """Scores of structures; if there are several, also their mean as FOREGROUND."""
+    """Scores of structures; if there are several, also their mean, named as `name_of_all` says."""
     if len(labelling.members) < 2 or not scores:
         return dict(scores)
-    return {**scores, FOREGROUND: sum(scores.values()) / len(scores)}
+    return {**scores, name_of_all(labelling): sum(scores.values()) / len(scores)}
 
 
 class _Shared:
@@ -440,7 +448,7 @@ class _MapGrid:
             draws: the same channel of untrained networks, by name.
             earlier: the same channel in other scans.
         """
-        if not self.shared.agreement.structures:
+        if not set(self.shared.agreement.structures) & set(self.shared.structures):
             return {}
         known = np.isfinite(values)
         orders = {HIGH_FIRST: values, LOW_FIRST: -values}
@@ -493,4 +501,5 @@ class _MapGrid:
         return [
             replace(curve, fractions=FRACTIONS, scores=(1.0, *curve.scores, *end.scores))
             for curve, end in zip(curves, self.known[memory], strict=True)
+            if curve.structure in shared.structures
         ]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from segkit.explain.measures.measure_maps import FOREGROUND
 from segkit.explain.measures.ranks import rise_p, simes
 from segkit.explain.verdicts.comparators import OTHER
 from segkit.explain.verdicts.evidence import EARLIER, UNTRAINED, ChannelEvidence, GateChannel
@@ -41,9 +40,10 @@ class Hypothesis:
         direction: Direction,
         evidence: Sequence[ChannelEvidence],
         pairs: Pairs,
+        name_of_all: str,
     ) -> None:
         self.unit, self.structure, self.direction = unit, structure, direction
-        self.evidence = evidence
+        self.evidence, self.name_of_all = evidence, name_of_all
         self.drops = [one.drops[structure] for one in self.evidence if structure in one.drops]
         self.correlations = np.array([one.correlations for one in self.evidence])
         self.places = gains_in_auroc(pairs, direction)
@@ -77,12 +77,13 @@ class Hypothesis:
         The network may need a channel for one structure that shows another one. So it needs the
         channel for all structures together only if each one's Dice falls.
         """
-        if self.structure != FOREGROUND:
+        if self.structure != self.name_of_all:
             return self.contexts
         falls = [
-            [falls for name, falls in one.drops.items() if name != FOREGROUND] or list(all_falls)
+            [falls for name, falls in one.drops.items() if name != self.name_of_all]
+            or list(all_falls)
             for one in self.evidence
-            if (all_falls := [one.drops[FOREGROUND]] if FOREGROUND in one.drops else [])
+            if (all_falls := [one.drops[self.name_of_all]] if self.name_of_all in one.drops else [])
         ]
         least = [[min(context) for context in zip(*scan, strict=True)] for scan in falls]
         return [list(column) for column in zip(*least, strict=True)]

@@ -1,8 +1,9 @@
 """Verdicts on a model's gates over several scans."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sized
 from types import MappingProxyType
 
+from segkit.errors import ModelError, VolumeError, counted
 from segkit.explain.heads.study import check_unlabelled
 from segkit.explain.verdicts.ablation import check_gates
 from segkit.explain.verdicts.evidence import CaseEvidence, gather_evidence
@@ -44,9 +45,9 @@ def judge_gates(
 
     Raises:
         ModelError: if the model has no gates, or if an untrained network does not have its
-            architecture.
+            architecture, or if the seed is negative.
         VolumeError: if a reference lies on another grid than its scan, or has labels that the model
-            does not know, or if `unlabelled` names an unknown class.
+            does not know, if `unlabelled` names an unknown class or pair, or if there are no pairs.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -54,7 +55,11 @@ def judge_gates(
         for verdict in segkit.judge_gates(predictor, pairs):
             print(verdict.map, verdict.structure, verdict.word, verdict.reason)
     """
+    if seed < 0:
+        raise ModelError(f"expected a seed of 0 or more, found {seed}; use another seed")
     check_gates(predictor)
+    if isinstance(cases, Sized):
+        _check_count(len(cases), unlabelled)
     found: list[CaseEvidence] = []
     for number, (volume, reference) in enumerate(cases):
         name = f"case {number}"
@@ -76,4 +81,16 @@ def judge_gates(
                 track=track,
             )
         )
+    _check_count(len(found), unlabelled)
     return judge_evidence(found)
+
+
+def _check_count(num_pairs: int, unlabelled: Mapping[int, Collection[str]]) -> None:
+    """Raise VolumeError if there are no pairs, or if `unlabelled` names one that is missing."""
+    if num_pairs == 0:
+        raise VolumeError("expected pairs of a scan and its reference, found none; pass some")
+    if beyond := [number for number in unlabelled if number not in range(num_pairs)]:
+        raise VolumeError(
+            f"unlabelled has the index {beyond[0]}, but there are only "
+            f"{counted(num_pairs, 'pair')}; use indices from 0 to {num_pairs - 1}"
+        )

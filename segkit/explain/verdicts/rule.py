@@ -90,7 +90,7 @@ def judge_evidence(cases: Sequence[CaseEvidence]) -> list[GateVerdict]:
             for structure in _structures(evidence):
                 pairs = auroc_pairs(evidence, structure, means)
                 found += [
-                    Hypothesis(unit, structure, direction, evidence, pairs)
+                    Hypothesis(unit, structure, direction, evidence, pairs, measured[0].name_of_all)
                     for direction in DIRECTIONS
                 ]
         verdicts += _judge_map(found, has_references=bool(labelled))

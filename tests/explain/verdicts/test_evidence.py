@@ -9,7 +9,9 @@ from torch import Tensor
 
 from benchmarks.planted_gallery import GALLERY
 from benchmarks.verdicts import evidence_of as evidence_on_planted
-from segkit.errors import VolumeError
+from segkit.config.labels import Labelling
+from segkit.errors import ModelError, VolumeError
+from segkit.explain.measures.measure_maps import measured_structures, name_of_all
 from segkit.explain.measures.ranks import Ranked, spearman
 from segkit.explain.verdicts.comparators import Sides, ThinnedMap, boxed, mean_maps
 from segkit.explain.verdicts.evidence import (
@@ -20,6 +22,7 @@ from segkit.explain.verdicts.evidence import (
     CaseEvidence,
     ChannelEvidence,
     gather_evidence,
+    with_foreground,
 )
 from segkit.explain.verdicts.gains import MEAN_MAP, auroc_pairs, means_of_others
 from segkit.explain.verdicts.judge import judge_gates
@@ -171,6 +174,52 @@ def test_dice_falls_only_if_both_of_two_substitute_gates_are_removed() -> None:
         one = channel_of(found, channel)
         assert one.drops == {"label 1": (0.0, 1.0)}
         assert one.aurocs["label 1"]["map"] == auroc
+
+
+def test_arguments_that_would_be_ignored_are_refused() -> None:
+    predictor, case = planted("mask"), moved_case(0)
+    pairs = [(case.volume, case.reference)]
+    with pytest.raises(VolumeError, match=r"^expected pairs of a scan .* found none"):
+        judge_gates(predictor, [])
+    with pytest.raises(VolumeError, match=r"unlabelled has the index 7, .* only 1 pair;"):
+        judge_gates(predictor, pairs, unlabelled={7: ["label 1"]})
+    with pytest.raises(
+        VolumeError, match=r"expected a list .* string 'label 1'; use \['label 1'\]"
+    ):
+        judge_gates(predictor, pairs, unlabelled={0: "label 1"})
+    with pytest.raises(ModelError, match="expected a seed of 0 or more, found -1"):
+        judge_gates(predictor, pairs, seed=-1)
+
+
+def test_an_unlabelled_structure_has_no_deletion_curves() -> None:
+    predictor, case = planted("mask"), moved_case(0)
+    prediction = predictor(case.volume, maps=True)
+    found = gather_evidence(
+        predictor,
+        case.volume,
+        case.reference,
+        prediction.maps,
+        labels=prediction.labels,
+        case="x",
+        untrained=untrained_planted,
+        unlabelled=["label 1"],
+    )
+    assert channel_of(found).areas("label 1") == {} == channel_of(found).drops
+
+
+def test_a_class_called_foreground_keeps_its_name_beside_all_structures() -> None:
+    labelling = Labelling({"background": 0, "foreground": 1, "two": 2})
+    assert measured_structures(labelling) == {
+        "foreground": (1,),
+        "two": (2,),
+        "all structures": (1, 2),
+    }
+    assert with_foreground({"foreground": 0.2, "two": 0.6}, labelling) == pytest.approx(
+        {"foreground": 0.2, "two": 0.6, "all structures": 0.4}
+    )
+    both = Labelling({"background": 0, "foreground": 1, "all structures": 2})
+    assert name_of_all(both) == "all structures 2"
+    assert name_of_all(Labelling({"background": 0, "one": 1})) == "foreground"
 
 
 def test_a_reference_that_does_not_fit_is_refused() -> None:
