@@ -12,7 +12,7 @@ do not influence the choice.
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,8 @@ def plan_by_race(
         split = {"validation": list(held_out), "fold": None, "splits": None}
         data = config.data.model_copy(update=split)
         config = config.model_copy(update={"data": data})
-    cases = _cases_of(dataset, config)
+    foreground = {case.name for case in candidates[by_rule].fingerprint.cases if case.classes}
+    cases = _cases_of(dataset, config, foreground)
     if cases is None:
         return candidates[by_rule]
     rounds = _raced(
@@ -182,14 +183,20 @@ def shortest_trainings(count: int) -> int:
 
 
 def _cases_of(
-    dataset: Dataset, config: Config
+    dataset: Dataset, config: Config, foreground: Collection[str]
 ) -> tuple[Sequence[CaseFiles], Sequence[CaseFiles]] | None:
     """Training cases of the split that a race trains on, and others that score it.
 
     A group of `data.group_by` has cases in only one of the two. None if there are fewer than three
     groups, or three cases if they are not grouped.
+
+    Args:
+        dataset: the dataset.
+        config: the config, whose split counts.
+        foreground: names of the cases with foreground. A race uses no others: from a dozen cases
+            without any, nothing could be learned or scored.
     """
-    known = split_of(dataset, config).train
+    known = [case for case in split_of(dataset, config).train if case.name in foreground]
     order = np.random.default_rng(config.train.seed).permutation(len(known)).tolist()
     shuffled = [known[number] for number in order]
     group_of = {case.name: case.name for case in known}

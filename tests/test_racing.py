@@ -9,7 +9,7 @@ import pytest
 
 from segkit import racing
 from segkit.config.load import load_config
-from segkit.data.dataset import dataset_of, read_dataset
+from segkit.data.dataset import Dataset, dataset_of, read_dataset
 from segkit.data.split import split_of
 from segkit.planning import planned_seconds, planning_task
 from segkit.planning.candidates import plan_candidates
@@ -97,10 +97,25 @@ def test_the_rules_plan_is_the_first_candidate_and_all_differ(
     assert {plan.plan.spatial_dims for plan in alone.values()} == {2}
 
 
+def names_of(dataset: Dataset) -> set[str]:
+    """Names of all cases."""
+    return {case.name for case in dataset.cases}
+
+
+def test_a_race_has_only_cases_with_foreground(tmp_path: Path) -> None:
+    folder = small_dataset(tmp_path / "data", num_cases=12)
+    known = read_dataset(folder)
+    config = small_config(folder, data={"validation": 0.0})
+    few = {"case_2", "case_5", "case_7", "case_11"}
+    cases = racing._cases_of(known, config, few)
+    assert cases is not None and {case.name for part in cases for case in part} == few
+    assert racing._cases_of(known, config, {"case_2", "case_5"}) is None
+
+
 def test_a_race_never_sees_the_cases_that_score_the_run(dataset: Path, tmp_path: Path) -> None:
     planned = plan_candidates(dataset, cache=tmp_path / "c", device="cpu")["3D"]
     known = read_dataset(dataset)
-    cases = racing._cases_of(known, planned.config)
+    cases = racing._cases_of(known, planned.config, names_of(known))
     assert cases is not None
     trained, scored = ({case.name for case in part} for part in cases)
     held_out = {case.name for case in split_of(known, planned.config).held_out}
@@ -135,7 +150,7 @@ def test_a_race_trains_on_its_cases_whatever_the_split_of_the_run(
     config = small_config(folder, data={**settings, "case_table": folder / "cases.csv"})
     config = config.model_copy(update={"train": config.train.model_copy(update={"minutes": 10.0})})
     dataset = dataset_of(config.data)
-    cases = racing._cases_of(dataset, config)
+    cases = racing._cases_of(dataset, config, names_of(dataset))
     assert cases is not None
     short = shortened_for_race(config, 12.0, tmp_path)
     raced = split_of(replace(dataset, cases=tuple(cases[0])), short)
@@ -153,7 +168,7 @@ def test_no_patient_both_trains_and_scores_a_race(tmp_path: Path) -> None:
     for seed in range(8):
         data = {**table_of_patients, "validation": 0.0}
         config = small_config(folder, data=data, train={"seed": seed})
-        cases = racing._cases_of(dataset, config)
+        cases = racing._cases_of(dataset, config, names_of(dataset))
         assert cases is not None
         trained, judged = ({int(case.name.split("_")[1]) % 3 for case in part} for part in cases)
         assert len(judged) == 1 and trained == {0, 1, 2} - judged
@@ -161,7 +176,7 @@ def test_no_patient_both_trains_and_scores_a_race(tmp_path: Path) -> None:
         scored |= judged
     assert len(scored) > 1
     two = small_config(folder, data={**table_of_patients, "validation": 0.3})
-    assert racing._cases_of(dataset, two) is None
+    assert racing._cases_of(dataset, two, names_of(dataset)) is None
 
 
 def test_there_is_no_race_once_planning_has_taken_its_share_of_the_time(

@@ -52,7 +52,11 @@ def explain_command(
     ] = None,
     cell: Annotated[
         float | None,
-        Option(min=0, help="Edge length in mm of the boxes of occlusion and kernel_shap."),
+        Option(
+            min=0,
+            help="Edge length in mm of the boxes of occlusion and kernel_shap; in pixels for "
+            "pictures without a pixel size.",
+        ),
     ] = None,
     identity: Annotated[
         bool,
