@@ -130,7 +130,8 @@ class GraphEngine:
                 "float32 or another form"
             ) from error
         outputs = {name: output.clone() for name, output in zip(names, found, strict=True)}
-        outputs[LOGITS] = outputs[LOGITS][(..., *(slice(length) for length in size))]
+        x, y, z = size
+        outputs[LOGITS] = outputs[LOGITS][..., :x, :y, :z]
         return outputs
 
 
