@@ -129,7 +129,7 @@ def test_precisions_that_cannot_be_exported_are_refused(
         export_model(model, "onnx", out, precision="float16", reference=labels)
     for precision in ("float32", "float16"):
         with pytest.raises(ModelError, match=r"a scan is only for the check, .*or leave the scan"):
-            export_model(model, "onnx", out, precision=precision, scan=scan)  # type: ignore[arg-type]
+            export_model(model, "onnx", out, precision=precision, scan=scan)
     assert not list(tmp_path.iterdir())
 
 
