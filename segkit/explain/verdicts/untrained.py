@@ -71,6 +71,8 @@ def untrained_maps(
     for draw in range(draws):
         network, name = _made(member.model.description, make, seed + draw)
         _check_maps(name, network, trained, keys)
+        if make is not None:  # segkit's own draws may equal a model that was never trained
+            _check_untrained(name, network, trained)
         engine = TorchEngine(network, device=device)
 
         def record(windows: Tensor, engine: TorchEngine = engine) -> dict[str, Tensor]:
@@ -126,7 +128,7 @@ def _made(
 def _check_maps(
     name: str, network: SegmentationNetwork, trained: SegmentationNetwork, keys: Sequence[str]
 ) -> None:
-    """Raise ModelError if a network's maps are not those of the trained one, or if it is trained.
+    """Raise ModelError if a network's maps are not those of the trained one.
 
     Args:
         name: the network's name in errors.
@@ -143,6 +145,10 @@ def _check_maps(
                 f"{name} has a map {key} of another stride, kind or range than the trained "
                 f"network ({found[key]} instead of {expected[key]}); {SAME_ARCHITECTURE}"
             )
+
+
+def _check_untrained(name: str, network: SegmentationNetwork, trained: SegmentationNetwork) -> None:
+    """Raise ModelError if a network has the weights of the trained one."""
     own, others = network.state_dict(), trained.state_dict()
     if own.keys() == others.keys() and all(
         torch.equal(own[weight].cpu(), others[weight].cpu()) for weight in own
