@@ -17,11 +17,16 @@ def count_multiply_adds(network: nn.Module, image: Float[Tensor, "batch channel 
 
     Fused attention counts as the matrix products that it replaces.
     """
+    fast = torch.backends.mha.get_fastpath_enabled()
     modes = {part: part.training for part in network.modules()}
     network.eval()
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
-        network(image)
+    torch.backends.mha.set_fastpath_enabled(False)  # one call that the counter does not know
+    try:
+        with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+            network(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     for part, mode in modes.items():
         part.training = mode
     return float(counter.get_total_flops()) / 2

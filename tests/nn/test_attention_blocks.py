@@ -213,3 +213,13 @@ def test_the_share_of_nothing_is_not_a_number() -> None:
     none = AttentionShare(0, 0, 0.0, 0.0)
     assert none.parameters_share_outside != none.parameters_share_outside
     assert none.multiply_adds_share_outside != none.multiply_adds_share_outside
+
+
+def test_pytorchs_attention_counts_as_its_matrix_products() -> None:
+    """Without the fused path of prediction, which is one call that no counter knows."""
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True)
+    cells, width, hidden = 10, 8, 16
+    products = 4 * cells * width**2 + 2 * cells**2 * width + 2 * cells * width * hidden
+    fast = torch.backends.mha.get_fastpath_enabled()
+    assert count_multiply_adds(layer, torch.zeros(1, cells, width)) == products
+    assert torch.backends.mha.get_fastpath_enabled() == fast

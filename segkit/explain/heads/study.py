@@ -408,6 +408,17 @@ def check_case(case: LabelledCase, labelling: Labelling) -> None:
         )
 
 
+def check_pairs(num_pairs: int, unlabelled: Mapping[int, Collection[str]]) -> None:
+    """Raise VolumeError if there are no pairs, or if `unlabelled` names one that is missing."""
+    if num_pairs == 0:
+        raise VolumeError("expected pairs of a scan and its reference, found none; pass some")
+    if beyond := [number for number in unlabelled if number not in range(num_pairs)]:
+        raise VolumeError(
+            f"unlabelled has the index {beyond[0]}, but there are only "
+            f"{counted(num_pairs, 'pair')}; use indices from 0 to {num_pairs - 1}"
+        )
+
+
 def check_unlabelled(case: str, unlabelled: Collection[str], labelling: Labelling) -> None:
     """Raise VolumeError if the model does not know one of these classes or regions."""
     if isinstance(unlabelled, str):

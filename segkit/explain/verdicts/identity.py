@@ -6,7 +6,7 @@ block; that does not mean that training needs such a block.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -16,7 +16,13 @@ import torch
 from segkit.errors import ModelError, counted
 from segkit.evaluation.compare import holm
 from segkit.explain.display import Table, Verdict, rounded
-from segkit.explain.heads.study import ScoredVolume, check_case, check_unlabelled, on_one_grid
+from segkit.explain.heads.study import (
+    ScoredVolume,
+    check_case,
+    check_pairs,
+    check_unlabelled,
+    on_one_grid,
+)
 from segkit.explain.verdicts.ablation import Ablation, Against, ablation_rows, class_dice
 from segkit.explain.verdicts.evidence import holds_foreground
 from segkit.explain.verdicts.falls import (
@@ -155,7 +161,7 @@ def judge_attention(
         ModelError: if the model has no such attention block or does not call it, if its output has
             another shape than its features, or if several of its arguments may be its features.
         VolumeError: if a reference does not fit its scan, or has labels that the model does not
-            know, or if `unlabelled` names an unknown class.
+            know, if `unlabelled` names an unknown class or pair, or if there are no pairs.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -163,7 +169,10 @@ def judge_attention(
         segkit.judge_attention(predictor, pairs).verdicts
     """
     chosen = check_blocks(predictor, blocks)
+    if isinstance(cases, Sized):
+        check_pairs(len(cases), unlabelled)
     rows: list[Ablation] = []
+    count = 0
     for number, (volume, reference) in enumerate(cases):
         name, lacking = f"case {number}", unlabelled.get(number, ())
         check_unlabelled(name, lacking, predictor.model.description.labelling)
@@ -176,6 +185,8 @@ def judge_attention(
             unlabelled=lacking,
             track=track,
         )
+        count = number + 1
+    check_pairs(count, unlabelled)
     return study_of(predictor, chosen, rows)
 
 

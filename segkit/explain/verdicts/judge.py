@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping, Sized
 from types import MappingProxyType
 
-from segkit.errors import ModelError, VolumeError, counted
-from segkit.explain.heads.study import check_unlabelled
+from segkit.errors import ModelError
+from segkit.explain.heads.study import check_pairs, check_unlabelled
 from segkit.explain.verdicts.ablation import check_gates
 from segkit.explain.verdicts.evidence import CaseEvidence, gather_evidence
 from segkit.explain.verdicts.rule import GateVerdict, judge_evidence
@@ -59,7 +59,7 @@ def judge_gates(
         raise ModelError(f"expected a seed of 0 or more, found {seed}; use another seed")
     check_gates(predictor)
     if isinstance(cases, Sized):
-        _check_count(len(cases), unlabelled)
+        check_pairs(len(cases), unlabelled)
     found: list[CaseEvidence] = []
     for number, (volume, reference) in enumerate(cases):
         name = f"case {number}"
@@ -81,16 +81,5 @@ def judge_gates(
                 track=track,
             )
         )
-    _check_count(len(found), unlabelled)
+    check_pairs(len(found), unlabelled)
     return judge_evidence(found)
-
-
-def _check_count(num_pairs: int, unlabelled: Mapping[int, Collection[str]]) -> None:
-    """Raise VolumeError if there are no pairs, or if `unlabelled` names one that is missing."""
-    if num_pairs == 0:
-        raise VolumeError("expected pairs of a scan and its reference, found none; pass some")
-    if beyond := [number for number in unlabelled if number not in range(num_pairs)]:
-        raise VolumeError(
-            f"unlabelled has the index {beyond[0]}, but there are only "
-            f"{counted(num_pairs, 'pair')}; use indices from 0 to {num_pairs - 1}"
-        )

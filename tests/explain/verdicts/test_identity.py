@@ -160,3 +160,14 @@ def test_many_blocks_need_more_scans() -> None:
     # Each p is 1/64, times 10 by Holm: five blocks, each in two directions.
     assert {verdict.word for verdict in judge_blocks(rows)} == {"cannot tell"}
     assert judge_blocks(rows)[0].p_needed == pytest.approx(10 / 64)
+
+
+def test_pairs_that_are_missing_are_refused() -> None:
+    case = planted_case()
+    pair = (case.volume, case.reference)
+    for pairs in ([], iter([])):
+        with pytest.raises(VolumeError, match="expected pairs of a scan and its reference, found"):
+            judge_attention(foreign(), pairs)
+    for pairs in ([pair], iter([pair])):
+        with pytest.raises(VolumeError, match="unlabelled has the index 7, but there are only 1 p"):
+            judge_attention(foreign(), pairs, unlabelled={7: ["two"]})
