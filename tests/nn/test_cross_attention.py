@@ -178,7 +178,8 @@ def test_recording_changes_no_bit_and_the_identity_edit_nothing(
     with recording(block) as maps:
         assert torch.equal(block.let_through(skip, signal), output)
     with recording(block) as edited, editing(block, {RECEIVED: lambda rows: rows}):
-        assert_close(block.let_through(skip, signal), output, rtol=1e-5, atol=1e-5)
+        # Fused attention and its parts round differently, by up to 3e-5 on some processors.
+        assert_close(block.let_through(skip, signal), output, rtol=1e-4, atol=1e-4)
     assert_close(edited[RECEIVED], maps[RECEIVED])
 
 
