@@ -475,15 +475,16 @@ def _mean_map(
     size = tuple(len(along) for along in cells)
     total, weights = np.zeros(size), np.zeros(size)
     for other in others:
-        positions, weight = [], np.ones(size)
-        for axis, (along, own, old) in enumerate(zip(cells, shape, other.shape, strict=True)):
-            there = place(along, own, old)
-            kept = kept_cells(old)
-            positions.append(np.interp(there, kept, np.arange(len(kept))))
-            beyond = (there < -0.5) | (there > old - 0.5)
-            weight[(slice(None),) * axis + (beyond,)] = BEYOND_WEIGHT
-        held = torch.from_numpy(np.ascontiguousarray(other.values, np.float64))[None]
-        values = resample_known(held, positions)[0].numpy()
+        values, weight = other.values, np.ones(size)
+        if (tuple(other.shape), values.shape) != (tuple(shape), size):
+            positions = []
+            for axis, (along, own, old) in enumerate(zip(cells, shape, other.shape, strict=True)):
+                there, kept = place(along, own, old), kept_cells(old)
+                positions.append(np.interp(there, kept, np.arange(len(kept))))
+                beyond = (there < -0.5) | (there > old - 0.5)
+                weight[(slice(None),) * axis + (beyond,)] = BEYOND_WEIGHT
+            held = torch.from_numpy(np.ascontiguousarray(values, np.float64))[None]
+            values = resample_known(held, positions)[0].numpy()
         known = np.isfinite(values)
         total[known] += (weight * values)[known]
         weights += weight * known
