@@ -252,7 +252,7 @@ def slice_axis(
     for spacing in (own, wanted):
         compared = {axis: spacing[axis] for axis in axes} or {0: 1.0}
         largest = max(compared.values())
-        if largest / min(compared.values()) > SLICES_APART:
+        if largest / min(compared.values()) > 1.000001 * SLICES_APART:  # but for rounding
             coarsest = [axis for axis, length in compared.items() if length > 0.9999 * largest]
             return coarsest[0] if len(coarsest) == 1 else None
     return None

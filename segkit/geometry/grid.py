@@ -22,6 +22,8 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """From the world of DICOM and ITK, whose x and y run the other way, and back."""
 SAME_STEP = 0.01
 """Largest difference, in voxels, between the steps of two grids that agree."""
+MORE_THAN_ROUNDING = 1.000001
+"""Spacings whose ratio exceeds a limit by less than this factor are at the limit."""
 SAME_PLACE = 0.1
 """Largest distance, in voxels, between corresponding voxels of two grids that agree."""
 
@@ -33,7 +35,7 @@ def separate_axis(
 
     It is the axis along which the current spacing, or else the target spacing, is more than 3 times
     as coarse as along the finest axis (nnU-Net, "resampling"). If two axes are equally coarse, up
-    to the rounding of a header, the answer is None.
+    to the rounding of a header, the answer is None. Exactly 3 times, up to rounding, is not more.
 
     Args:
         current: spacing of the image, in mm.
@@ -43,7 +45,7 @@ def separate_axis(
     for spacing in (current, target):
         compared = {axis: spacing[axis] for axis in axes} or {0: 1.0}
         largest = max(compared.values())
-        if largest / min(compared.values()) > ANISOTROPY:
+        if largest / min(compared.values()) > ANISOTROPY * MORE_THAN_ROUNDING:
             coarsest = [axis for axis, length in compared.items() if length > 0.9999 * largest]
             return coarsest[0] if len(coarsest) == 1 else None
     return None
