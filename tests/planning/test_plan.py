@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from numpy.testing import assert_allclose
 
+from segkit.data.single_slices import flat_axes
 from segkit.errors import DatasetError
 from segkit.planning.budget_fit import Steps
 from segkit.planning.nnunet_rules import (
@@ -441,9 +442,11 @@ def scans(cases: list[tuple[Triple, tuple[int, int, int]]]) -> Numbers:
 
 
 def is_a_task(numbers: Numbers, spatial_dims: int) -> bool:
-    """Whether cases are volumes, or planes for 2 dimensions."""
-    flat = sum(all(shape[axis] == 1 for shape in numbers.shapes) for axis in range(3))
-    return flat <= 3 - spatial_dims
+    """Whether cases are volumes, or for 2 dimensions planes, and most single slices share one."""
+    slices = [shape for shape in numbers.shapes if 1 in shape]
+    if 2 * len(slices) > len(numbers.shapes) and not flat_axes(slices):
+        return False
+    return len(flat_axes(numbers.shapes)) <= 3 - spatial_dims
 
 
 def assert_network_can_be_built(plan: Plan, median: Lengths) -> None:
