@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,24 +77,7 @@ def calls_of(network: nn.Module, run: Callable[[], object]) -> dict[str, Call]:
     watch = _Watch()
     handles = []
     for name, module in network.named_modules():
-
-        def enter(
-            module: nn.Module,
-            given: tuple[object, ...],
-            named: Mapping[str, object],
-            name: str = name,
-        ) -> None:
-            watch.enter(name, _arguments(module, given, named))
-
-        def leave(
-            module: nn.Module,
-            given: tuple[object, ...],
-            named: Mapping[str, object],
-            output: object,
-            name: str = name,
-        ) -> None:
-            watch.leave(name, features_argument(module), output)
-
+        enter, leave = partial(watch.enter, name), partial(watch.leave, name)
         handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, with_kwargs=True))
     try:
@@ -182,22 +166,31 @@ class _Watch(TorchDispatchMode):
             self.sources[part], self.outputs[part] = sources, outputs
         return result
 
-    def enter(self, name: str, arguments: Sequence[tuple[int, str, Tensor]]) -> None:
-        """A module is called with these tensors."""
+    def enter(
+        self,
+        name: str,
+        module: nn.Module,
+        given: tuple[object, ...],
+        named: Mapping[str, object],
+    ) -> None:
+        """A module is called with these arguments."""
+        arguments = _arguments(module, given, named)
         entered = [_Argument(*argument, next(self.numbers)) for argument in arguments]
         for argument in entered:
             self.sources[argument.tensor] = self.of(argument.tensor) | {argument.source}
         self.features[name] = frozenset().union(*(self.of(one.tensor) for one in entered))
         self.running.append(entered)
 
-    def leave(self, name: str, default: tuple[int, str], output: object) -> None:
-        """A module returns this output.
-
-        Args:
-            name: name of the module.
-            default: position and name of its features, by the names of its arguments.
-            output: what it returns.
-        """
+    def leave(
+        self,
+        name: str,
+        module: nn.Module,
+        given: tuple[object, ...],
+        named: Mapping[str, object],
+        output: object,
+    ) -> None:
+        """A module that was called with these arguments returns this output."""
+        default = features_argument(module)
         entered = self.running.pop()
         shape = tuple(output.shape) if isinstance(output, Tensor) else None
         sources = self.of(output) if isinstance(output, Tensor) else frozenset()
