@@ -107,10 +107,15 @@ def explain_command(
     loaded = named.load()
     rules = picture_rules_of(loaded.description, pixel_size)
     found = inputs_in(
-        inputs, loaded.description.channels, series=parse_series(series), rules=rules, but=out
+        inputs,
+        loaded.description.channels,
+        series=parse_series(series),
+        rules=rules,
+        sized=bool(pixel_size),
+        but=out,
     )
     say(f"model: {named}")
-    for line in picture_lines([source.files[0] for source in found], rules):
+    for line in picture_lines((source.files[0], source.rules) for source in found):
         say(line)
     # In float32 also on a GPU, because the values of maps are measured.
     predictor = Predictor(loaded, device=device, overlap=overlap, precision=torch.float32)

@@ -131,13 +131,18 @@ def predict_command(
     description = predictor.model.description
     rules = picture_rules_of(description, pixel_size)
     found = inputs_in(
-        inputs, description.channels, series=parse_series(series), rules=rules, but=out
+        inputs,
+        description.channels,
+        series=parse_series(series),
+        rules=rules,
+        sized=bool(pixel_size),
+        but=out,
     )
     for model in named:
         say(f"model: {model}")
     if tta and not predictor.mirrors:
         say("--tta has no effect, because no model was trained on mirror images")
-    for line in picture_lines([source.files[0] for source in found], rules):
+    for line in picture_lines((source.files[0], source.rules) for source in found):
         say(line)
     mine = len(range(number - 1, len(found), count))
     failures, volumes, kept = [], [], 0

@@ -254,7 +254,7 @@ def _say_picture_facts(settings: "Config") -> None:
 
     dataset = dataset_of(settings.data)
     first = [(*case.images, case.label)[0] for case in dataset.cases[:MOST_PICTURES]]
-    for line in picture_lines(first, dataset.rules):
+    for line in picture_lines((file, dataset.rules) for file in first):
         say(line)
 
 

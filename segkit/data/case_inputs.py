@@ -7,9 +7,9 @@ from pathlib import Path
 
 from segkit.config.dataset_files import TABLE_SUFFIXES, DatasetConfig, FilesConfig
 from segkit.config.load import dataset_in, load_config
-from segkit.config.pictures import pixel_mm_of
+from segkit.config.pictures import PicturesConfig, pixel_mm_of
 from segkit.data.bids import bids_images, is_bids
-from segkit.data.dataset import dataset_of
+from segkit.data.dataset import channels_of_pictures, dataset_of
 from segkit.data.dicom_cases import list_dicom
 from segkit.data.file_patterns import ID, IMAGE, list_images
 from segkit.errors import DatasetError, VolumeError, first_few
@@ -34,6 +34,7 @@ def inputs_in(
     *,
     series: str | SeriesRule | None = None,
     rules: PictureRules = AS_IT_SAYS,
+    sized: bool = False,
     but: Path | None = None,
 ) -> list[Input]:
     """The volumes that paths name, for a model of these channels.
@@ -45,7 +46,9 @@ def inputs_in(
             dataset are taken, with labels or without.
         channels: names of the model's channels. Those of a dataset are brought to their order.
         series: the choice of series in a folder of DICOM files, as for `find_inputs`.
-        rules: how pictures are read; a dataset's pixel size counts if they give none.
+        rules: how pictures are read for the model. A dataset's pixel size counts more than theirs,
+            unless they measure in pixels.
+        sized: whether the user gave the pixel size of `rules`, so that it counts most.
         but: a folder inside these, such as that of results, which is skipped.
 
     Raises:
@@ -58,7 +61,7 @@ def inputs_in(
         found += find_inputs(volumes, len(channels), series=series, rules=rules, but=but)
     for path in paths if series is None else ():
         if path not in plain:
-            found += _of_dataset(path, channels, rules)
+            found += _of_dataset(path, channels, rules, sized=sized)
     return found
 
 
@@ -80,8 +83,12 @@ def table_config(path: Path, channels: Sequence[str]) -> DatasetConfig:
     """The settings of a dataset for a table that is given by itself. Raises DatasetError."""
     _, columns = read_csv(path)
     own = {column.strip().lower(): column for column in columns}
-    if all(channel.lower() in own for channel in channels):
-        images = {channel: own[channel.lower()] for channel in channels}
+    # The channel `photo red` is in the column `photo` if there is none of its own name.
+    named = [
+        channel if channel.lower() in own else channel.rpartition(" ")[0] for channel in channels
+    ]
+    if all(name.lower() in own for name in named):
+        images = {name: own[name.lower()] for name in named}
     elif IMAGE in columns:
         images = {IMAGE: IMAGE}
     else:
@@ -95,17 +102,21 @@ def table_config(path: Path, channels: Sequence[str]) -> DatasetConfig:
     )
 
 
-def _of_dataset(path: Path, channels: Sequence[str], rules: PictureRules) -> list[Input]:
+def _of_dataset(
+    path: Path, channels: Sequence[str], rules: PictureRules, *, sized: bool
+) -> list[Input]:
     if not path.exists():
         raise VolumeError(f"{path}: no such file; check the path")
     is_table = path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir()
     data = table_config(path, channels) if is_table else config_at(path)
-    names, cases = _images_of(data, channels)
-    if data.pictures is not None and not rules.pixel_mm and not rules.in_pixels:
-        pixel_mm, in_pixels = pixel_mm_of(data.pictures.pixel_size)
-        rules = replace(rules, pixel_mm=pixel_mm, in_pixels=in_pixels, pages=data.pictures.pages)
+    names, cases, pictures = _images_of(data, channels)
+    if pictures is not None and pictures.pages is not None:
+        rules = replace(rules, pages=pictures.pages)
+    if pictures is not None and pictures.pixel_size and not (sized or rules.in_pixels):
+        pixel_mm, in_pixels = pixel_mm_of(pictures.pixel_size)
+        rules = replace(rules, pixel_mm=pixel_mm, in_pixels=in_pixels)
     found = [
-        Input(name, _in_order(path, names, images, channels), of_folder=True, rules=rules)
+        Input(name, _in_order(path, names, images, channels, rules), of_folder=True, rules=rules)
         for name, images in sorted(cases)
     ]
     # A pattern such as `images/*.nii.gz` also matches results. A table names its files exactly.
@@ -113,15 +124,18 @@ def _of_dataset(path: Path, channels: Sequence[str], rules: PictureRules) -> lis
     return without_results(found) if by_pattern else found
 
 
-def _images_of(data: DatasetConfig, channels: Sequence[str]) -> tuple[Sequence[str], NamedImages]:
-    """Names of the channels and the images of each case, whether it has labels or not."""
+def _images_of(
+    data: DatasetConfig, channels: Sequence[str]
+) -> tuple[Sequence[str], NamedImages, PicturesConfig | None]:
+    """Names of the channels, the images of each case, with labels or without, and information that
+    pictures lack."""
     if data.dicom is not None and data.dicom.images:
         found = list_dicom(data.folder, data.dicom)
-        return tuple(data.dicom.images), [(case.name, case.images) for case in found]
+        return tuple(data.dicom.images), [(case.name, case.images) for case in found], None
     if data.files is not None:
-        return list_images(data.folder, data.files)
+        return *list_images(data.folder, data.files), data.pictures
     if not (data.folder / DATASET_JSON).is_file() and is_bids(data.folder):
-        return tuple(channels), bids_images(data.folder, channels)
+        return tuple(channels), bids_images(data.folder, channels), None
     dataset = dataset_of(data, with_test=True)
     bare = [case.name for case in dataset.cases if not case.images]
     if bare:
@@ -129,34 +143,51 @@ def _images_of(data: DatasetConfig, channels: Sequence[str]) -> tuple[Sequence[s
             f"{data.folder}: expected an image for each case, found none for {first_few(bare, 3)}; "
             "pass the scans themselves"
         )
-    return dataset.channels, [(case.name, case.images) for case in dataset.cases]
+    cases = [(case.name, case.images) for case in dataset.cases]
+    return dataset.channels, cases, dataset.pictures
 
 
 def _in_order(
-    path: Path, names: Sequence[str], images: tuple[Path, ...], channels: Sequence[str]
+    path: Path,
+    names: Sequence[str],
+    images: tuple[Path, ...],
+    channels: Sequence[str],
+    rules: PictureRules,
 ) -> tuple[Path, ...]:
     """A case's images in the order of the model's channels.
 
     Args:
         path: the dataset, for messages.
-        names: names of the channels in the dataset.
-        images: the files of the case, one for each channel, or one with all channels.
+        names: names of the files of each case, or of all channels in them.
+        images: the files of the case, one for each channel, or with several channels.
         channels: names of the model's channels.
+        rules: how pictures are read.
     """
-    if len(images) != len(names) or (len(images) == 1 and is_picture(images[0])):
+    pictures = all(map(is_picture, images))
+    if len(images) == 1 and (pictures or len(names) > 1):
         return images  # a file holds them all
-    if set(channels) <= set(names):
-        return tuple(images[names.index(channel)] for channel in channels)
-    if len(names) == len(channels):
-        if len(names) > 1:
+    held: list[tuple[str, ...]] = [(name,) for name in names]
+    if pictures:
+        held = channels_of_pictures(names, images, rules)
+    found = [name for group in held for name in group]
+    if set(channels) <= set(found):
+        groups = dict(zip(held, images, strict=True))
+        wanted = sorted(
+            (group for group in groups if set(group) & set(channels)),
+            key=lambda group: min(channels.index(name) for name in group if name in channels),
+        )
+        if [name for group in wanted for name in group] == list(channels):
+            return tuple(groups[group] for group in wanted)
+    elif len(found) == len(channels):
+        if len(found) > 1:
             logger.warning(
                 "%s: its channels %s are taken as the model's %s, in this order",
-                *(path, ", ".join(names), ", ".join(channels)),
+                *(path, ", ".join(found), ", ".join(channels)),
             )
         return images
-    if len(images) == 1:
+    elif len(images) == 1:
         return images
     raise DatasetError(
         f"{path}: expected the channels of the model, {', '.join(channels)}, found "
-        f"{', '.join(names)}; rename the channels"
+        f"{', '.join(found)}; rename the channels"
     )

@@ -267,12 +267,32 @@ def _of_pictures(
     unit = read_picture_facts(first, rules=rules)[1].unit
     if len(images) != len(channels) or not all(is_picture(image) for image in images):
         return channels, unit
+    groups = channels_of_pictures(channels, images, rules)
+    return tuple(name for group in groups for name in group), unit
+
+
+def channels_of_pictures(
+    names: Sequence[str], images: Sequence[Path], rules: PictureRules
+) -> list[tuple[str, ...]]:
+    """The names of the channels in each picture of a case, read from their headers.
+
+    photo, a picture in colours  ──▶  photo red, photo green, photo blue
+
+    Args:
+        names: the name of each picture; or those of all channels, in the order of the pictures.
+        images: the pictures.
+        rules: how pictures are read.
+    """
     counts = [read_num_channels(image, rules=rules) for image in images]
-    return tuple(
-        f"{name} {part}" if count > 1 else name
-        for name, count in zip(channels, counts, strict=True)
-        for part in (COLOURS if count == 3 else range(1, count + 1))
-    ), unit
+    if len(names) == sum(counts):
+        ends = np.cumsum(counts).tolist()
+        return [tuple(names[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    return [
+        tuple(f"{name} {part}" for part in (COLOURS if count == 3 else range(1, count + 1)))
+        if count > 1
+        else (name,)
+        for name, count in zip(names, counts, strict=True)
+    ]
 
 
 def grid_of_case(case: CaseFiles, dataset: Dataset) -> Grid:

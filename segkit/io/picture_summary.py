@@ -1,7 +1,7 @@
 """Lines that a command prints about the pictures that it is going to read."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from segkit.errors import VolumeError, counted
@@ -10,19 +10,18 @@ from segkit.io.volume import read_picture_facts
 from segkit.io.volume_names import is_picture
 
 
-def picture_lines(files: Sequence[Path], rules: PictureRules) -> list[str]:
+def picture_lines(files: Iterable[tuple[Path, PictureRules]]) -> list[str]:
     """Lines on the pixel sizes of pictures, their sources, and the notes on how they are read.
 
     Each line counts the pictures that it applies to. Files that are not pictures or cannot be read
     are skipped.
 
     Args:
-        files: the first file of each volume.
-        rules: settings for reading pictures.
+        files: the first file of each volume, and the settings for reading it.
     """
     sizes: Counter[str] = Counter()
     notes: Counter[str] = Counter()
-    for file in files:
+    for file, rules in files:
         if not is_picture(file):
             continue
         try:

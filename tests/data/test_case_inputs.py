@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from segkit.checking.check import check
 from segkit.config.dataset_files import DatasetConfig
@@ -17,6 +18,7 @@ from segkit.evaluation.evaluate import evaluate
 from segkit.geometry.grid import Grid
 from segkit.inference.bids_layout import bids_path, write_bids_root
 from segkit.io.inputs import Input, find_inputs, read_input
+from segkit.io.picture_rules import PictureRules
 from segkit.io.series_rules import parse_series
 from segkit.io.volume import Volume, write_volume
 from tests.dicom import write_series
@@ -317,3 +319,61 @@ def test_a_table_of_labelled_scans_is_a_dataset_without_yaml(tmp_path: Path) -> 
         DatasetError, match=r"expected the names of the labels, found none; set data"
     ):
         check(table)
+
+
+# Pictures
+
+
+def coloured(path: Path, value: int, channels: int = 3) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((4, 4, channels), value, np.uint8) + np.arange(channels, dtype=np.uint8)
+    Image.fromarray(pixels.squeeze()).save(path)
+    return path
+
+
+def test_files_of_several_channels_are_brought_to_the_models_order(tmp_path: Path) -> None:
+    coloured(tmp_path / "colours" / "a.png", 10)
+    coloured(tmp_path / "grey" / "a.png", 20, channels=1)
+    coloured(tmp_path / "label" / "a.png", 1, channels=1)
+    images = {"grey": "grey/*.png", "photo": "colours/*.png"}
+    files = {"images": images, "label": "label/*.png", "labels": {"background": 0, "cell": 1}}
+    data = {"folder": str(tmp_path), "files": files}
+    study = tmp_path / "study.yaml"
+    study.write_text(json.dumps({"data": data}))
+    trained = dataset_of(DatasetConfig.model_validate(data)).channels
+    assert trained == ("grey", "photo red", "photo green", "photo blue")
+    assert values(inputs_in([study], trained)[0]) == [20, 10, 11, 12]
+    colours = trained[1:]
+    assert values(inputs_in([study], (*colours, "grey"))[0]) == [10, 11, 12, 20]
+    assert values(inputs_in([study], colours)[0]) == [10, 11, 12]
+    with pytest.raises(DatasetError, match="model, photo red, found grey, photo red, photo green"):
+        inputs_in([study], ["photo red"])
+    table = tmp_path / "cases.csv"
+    table.write_text("id,photo,grey\na,colours/a.png,grey/a.png\n")
+    assert values(inputs_in([table], trained)[0]) == [20, 10, 11, 12]
+
+
+@pytest.mark.parametrize("in_json", [False, True])
+def test_the_pixel_size_of_a_dataset_counts_more_than_the_models(
+    in_json: bool, tmp_path: Path
+) -> None:
+    coloured(tmp_path / "imagesTr" / "a_0000.png", 10, channels=1)
+    coloured(tmp_path / "labelsTr" / "a.png", 1, channels=1)
+    labels, pictures = {"background": 0, "cell": 1}, {"pixel_size": "3 µm"}
+    if in_json:
+        content = {"channel_names": {"0": "c"}, "labels": labels, "file_ending": ".png"}
+        (tmp_path / "dataset.json").write_text(json.dumps({**content, "pictures": pictures}))
+        study = tmp_path
+    else:
+        files = {"images": {"c": "imagesTr/*_0000.png"}}
+        study = tmp_path / "study.yaml"
+        data = {"folder": str(tmp_path), "files": files, "pictures": pictures}
+        study.write_text(json.dumps({"data": data}))
+
+    def size(rules: PictureRules, *, sized: bool = False) -> float:
+        return read_input(inputs_in([study], ["c"], rules=rules, sized=sized)[0]).grid.spacing[0]
+
+    of_model = PictureRules(pixel_mm=(0.002, 0.002))
+    assert size(PictureRules()) == size(of_model) == pytest.approx(0.003)
+    assert size(of_model, sized=True) == pytest.approx(0.002)
+    assert size(PictureRules(in_pixels=True)) == 1
