@@ -6,6 +6,7 @@ bids/derivatives/lesions/sub-01/ses-b/anat/sub-01_ses-b_dseg.nii.gz    its label
 bids/derivatives/lesions/dseg.tsv                                their names
 """
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +15,12 @@ from pathlib import Path
 from segkit.config.labels import Labelling
 from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
 from segkit.data.proposed_files import DERIVATIVES, told_labels, told_proposal
-from segkit.errors import DatasetError, Problems, first_few
+from segkit.errors import DatasetError, Problems, first_few, printable
 from segkit.io.dicom_listing import find_folders
 from segkit.io.tables import read_csv
 from segkit.io.volume_names import NIFTI_SUFFIXES, stem_of
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION_FILE = "dataset_description.json"
 ENTITY = re.compile(r"([a-zA-Z0-9]+)-([a-zA-Z0-9+]+)")
@@ -58,6 +61,8 @@ def parts_of(path: Path) -> tuple[dict[str, str], str]:
 def bids_images(folder: Path, channels: Sequence[str]) -> list[tuple[str, tuple[Path, ...]]]:
     """The images of each case that has all channels; `T1` and `T1w` are both `…_T1w.nii.gz`.
 
+    A warning names the other cases.
+
     Raises DatasetError: no case has all channels, or a case has all, and several files for one.
     """
     images = _images(folder, anywhere=True)
@@ -76,6 +81,9 @@ def bids_images(folder: Path, channels: Sequence[str]) -> list[tuple[str, tuple[
             f"{first_few(sorted(suffixes)) or 'no images'}; write a YAML file whose data.files "
             "names the files"
         )
+    if torn := sorted(images.keys() - {name for name, _ in found}):
+        told = f"{folder}: left out, as they lack a channel: {first_few(torn, MOST_CASES)}"
+        logger.warning("%s", printable(told))
     return found
 
 
@@ -144,7 +152,8 @@ def list_bids(folder: Path, given: Labelling | None = None) -> DatasetJson:
     """Channels, labelling and labelled cases of a BIDS folder.
 
     Channels are the suffixes of anatomical images that every labelled case has, in alphabetical
-    order. Other images are not used, and a case may have several of a kind.
+    order. Other images are not used, and a case may have several of a kind. Warnings name the cases
+    without labels, and the kinds of image that only some labelled cases have.
 
     Args:
         folder: the BIDS folder.
@@ -187,7 +196,29 @@ def list_bids(folder: Path, given: Labelling | None = None) -> DatasetJson:
             own = tuple(_only(images[name][channel], folder) for channel in channels)
             cases.append((name, own, label))
     problems.refuse()
+    _tell_left_out(folder, images, list(labels))
     return DatasetJson(channels, labelling, tuple(cases))
+
+
+def _tell_left_out(folder: Path, images: Images, labelled: Sequence[str]) -> None:
+    """Warn of cases without labels, and of kinds of image that only some labelled cases have.
+
+    Args:
+        folder: the BIDS folder.
+        images: the images of all cases.
+        labelled: names of the cases with labels.
+    """
+    told = []
+    if bare := sorted(images.keys() - set(labelled)):
+        told.append(f"left out because they have no label: {first_few(bare, MOST_CASES)}")
+    for kind in sorted(set[str]().union(*(images[name] for name in labelled))):
+        if lacking := [name for name in labelled if kind not in images[name]]:
+            told.append(
+                f"{kind} is not used as a channel, because these labelled cases lack it: "
+                f"{first_few(lacking, MOST_CASES)}"
+            )
+    for sentence in told:
+        logger.warning("%s", printable(f"{folder}: {sentence}"))
 
 
 def _of_channel(files: Mapping[str, list[Path]], channel: str) -> list[Path]:

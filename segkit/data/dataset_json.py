@@ -1,5 +1,6 @@
 """The content of a dataset.json, as in the Medical Segmentation Decathlon or in nnU-Net v2."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +16,26 @@ from segkit.config.pictures import PicturesConfig
 from segkit.config.refusals import refusal
 from segkit.data.labelling_from import labelling_from
 from segkit.data.proposed_files import told_proposal
-from segkit.errors import DatasetError, Problems, counted, first_few
+from segkit.errors import DatasetError, Problems, counted, first_few, printable
 from segkit.io.picture_rules import PictureRules
 from segkit.io.safe_text import read_json
 from segkit.io.volume import is_dicom_path
-from segkit.io.volume_names import SUFFIXES, case_name_of, is_picture, stem_of
+from segkit.io.volume_names import (
+    SUFFIXES,
+    case_name_of,
+    has_volume_suffix,
+    is_picture,
+    stem_of,
+)
+
+logger = logging.getLogger(__name__)
 
 MOST_NAMED = 20
 """A sentence lists at most so many labels."""
+MOST_LEFT_OUT = 5
+"""A sentence lists at most so many files that are left out."""
+CHANNEL = re.compile(r"_[0-9]{4}$")
+"""The number of a channel at the end of a name."""
 WHOLE_NUMBER = re.compile(r"-?[0-9]+")
 
 NamedFiles = tuple[str, tuple[Path, ...], Path]
@@ -299,7 +312,36 @@ def _on_disk(folder: Path, file: _DatasetFile, num_channels: int) -> list[NamedF
                     )
         found.append((stem_of(label), images, label))
     problems.refuse()
+    _tell_left_out(folder, ending, found)
     return found
+
+
+def _tell_left_out(folder: Path, ending: str, found: Sequence[NamedFiles]) -> None:
+    """Warn of volumes in nnU-Net's folders that belong to no case, such as images without a label.
+
+    Args:
+        folder: the folder of the dataset.json.
+        ending: its `file_ending`.
+        found: the cases.
+    """
+    used = {path for _, images, label in found for path in (*images, label)}
+    names = {name for name, *_ in found}
+    left: dict[str, list[str]] = {}
+    for part in ("imagesTr", "labelsTr"):
+        for path in sorted((folder / part).iterdir()):
+            if path in used or path.name.startswith(".") or not has_volume_suffix(path):
+                continue
+            if is_picture(path) and not is_picture(Path(ending)):  # an illustration
+                continue
+            if not path.name.endswith(ending):
+                reason = f"their names do not end in {ending} (file_ending)"
+            elif CHANNEL.sub("", stem_of(path)) in names:
+                reason = "dataset.json has fewer channels"
+            else:
+                reason = f"they have no label CASE{ending}"
+            left.setdefault(f"{folder / part}: left out because {reason}", []).append(path.name)
+    for sentence, files in left.items():
+        logger.warning("%s", printable(f"{sentence}: {first_few(files, MOST_LEFT_OUT)}"))
 
 
 def _listing(items: Sequence[Any] | Mapping[str, Any]) -> str:

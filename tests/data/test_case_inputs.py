@@ -79,6 +79,25 @@ def test_a_bids_folder_with_labels_is_a_dataset(bids: Path) -> None:
         dataset_of(DatasetConfig(folder=bids))
 
 
+def test_what_a_bids_folder_leaves_out_is_named(
+    bids: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(bids / "sub-01" / "ses-b" / "anat" / "sub-01_ses-b_T2w.nii.gz", 1)
+    assert dataset_of(DatasetConfig(folder=bids)).channels == ("FLAIR", "T1w")
+    left, unused = (record.getMessage() for record in caplog.records)
+    assert left == f"{bids}: left out because they have no label: sub-03_ses-b"
+    assert unused.endswith(
+        "T2w is not used as a channel, because these labelled cases lack it: sub-02_ses-b"
+    )
+    caplog.clear()
+    inputs_in([bids], MODEL)
+    (torn,) = (record.getMessage() for record in caplog.records)
+    assert torn == f"{bids}: left out, as they lack a channel: sub-03_ses-b"
+    caplog.clear()
+    inputs_in([bids], ["T1w"])
+    assert not caplog.records
+
+
 def test_predictions_among_the_derivatives_are_no_labels(bids: Path) -> None:
     before = dataset_of(DatasetConfig(folder=bids))
     own = bids / "derivatives" / "segkit"

@@ -63,6 +63,25 @@ def written(folder: Path, **keys: Any) -> Path:
     return folder
 
 
+def test_files_in_nnunets_folders_that_belong_to_no_case_are_named(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = read_dataset(folder)
+    assert not caplog.records
+    images, labels = folder / "imagesTr", folder / "labelsTr"
+    for name in ("anna_0002.nii.gz", "carl_0000.nii.gz", "carl_0001.nii.gz"):
+        (images / name).touch()
+    for path in (labels / "carl.nii", labels / "shown.png", labels / "._anna.nii.gz"):
+        path.touch()
+    assert read_dataset(folder) == before
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{images}: left out because dataset.json has fewer channels: anna_0002.nii.gz",
+        f"{images}: left out because they have no label CASE.nii.gz: carl_0000.nii.gz, "
+        "carl_0001.nii.gz",
+        f"{labels}: left out because their names do not end in .nii.gz (file_ending): carl.nii",
+    ]
+
+
 def test_a_raw_folder_of_nnunets_is_read_channel_by_channel(folder: Path) -> None:
     dataset = read_dataset(folder)
     assert [case.name for case in dataset.cases] == ["anna", "ben_2"]
