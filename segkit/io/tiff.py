@@ -6,12 +6,14 @@ resolution. If tifffile cannot decompress a file without imagecodecs, Pillow dec
 only if the values stay the same.
 """
 
+import hashlib
 import html
 import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from uuid import NAMESPACE_OID, uuid5
 
 import numpy as np
 import tifffile
@@ -134,7 +136,9 @@ def write_tiff(
     if facts.orientation != 1:
         options["extratags"] = orientation
     if name.lower().endswith(OME_SUFFIXES):
-        metadata: dict[str, Any] = {"axes": "ZCYX"}
+        # tifffile's own UUID holds the time and the network address of the machine.
+        content = hashlib.sha256(values.data).hexdigest()
+        metadata: dict[str, Any] = {"axes": "ZCYX", "UUID": str(uuid5(NAMESPACE_OID, content))}
         if facts.sized:
             for axis, size in zip("XYZ", spacing, strict=True):
                 metadata[f"PhysicalSize{axis}"] = size * scale

@@ -97,6 +97,16 @@ def test_stacks_come_back_with_their_channels_and_the_distance_of_their_slices(
     assert_allclose(back.grid.spacing, spacing, rtol=1e-6)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".ome.tif"])
+def test_the_same_picture_is_written_as_the_same_bytes(tmp_path: Path, suffix: str) -> None:
+    written = [tmp_path / f"{number}{suffix}" for number in range(3)]
+    for path, value in zip(written, (1, 1, 2), strict=True):
+        data = np.full((5, 4, 1), value, np.uint8)
+        write_volume(path, Volume(data, Grid((5, 4, 1), np.diag([0.002, 0.002, 1.0, 1.0]))))
+    first, second, other = (path.read_bytes() for path in written)
+    assert first == second != other
+
+
 def test_columns_run_along_minus_x_and_rows_along_minus_y(tmp_path: Path) -> None:
     grid = read_grid(save(tmp_path / "a.png", GREY), rules=MICROSCOPIC)
     assert grid.shape == (6, 4, 1)
