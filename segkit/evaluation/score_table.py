@@ -30,7 +30,8 @@ def to_table(summary: Summary) -> Table:
         caption=(
             "95 %: bootstrap interval of the mean over cases. "
             f"NSD: within {tolerance}. "
-            "Undefined: the class is in neither image; left out. Overall: mean over classes."
+            "Undefined: the class is in neither image, or not labelled in the case; left out. "
+            "Overall: mean over classes."
         ),
     )
     table.add_column("class", overflow="fold")

@@ -112,4 +112,5 @@ def size_in_words(sizes: Sequence[float], unit: Unit) -> str:
 
 def length_in_words(length_mm: float, unit: Unit) -> str:
     """A length in mm, as text in a unit, such as '1 mm', '0.5 µm' or '2 pixels'."""
-    return f"{length_mm / MM_OF[unit]:.6g} {WORD_OF[unit]}"
+    number = f"{length_mm / MM_OF[unit]:.6g}"
+    return f"{number} {unit if number == '1' else WORD_OF[unit]}"

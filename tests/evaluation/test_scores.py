@@ -69,6 +69,12 @@ def two_slabs() -> tuple[np.ndarray, np.ndarray]:
     return prediction, reference
 
 
+def test_the_caption_of_a_table_says_when_a_score_is_undefined_and_the_tolerance() -> None:
+    told = " ".join(shown([replace(row("a", 0.5), tolerance_pixels=1.0, unit="pixel")]).split())
+    assert "neither image, or not labelled in the case; left out. Overall" in told
+    assert "NSD: within 1 pixel." in told
+
+
 def test_a_case_scores_as_worked_out_by_hand() -> None:
     prediction, reference = two_slabs()
     liver, tumour = score_case(
