@@ -16,13 +16,14 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
 from segkit.config.load import dump_yaml
+from segkit.config.model import ModelDescription
 from segkit.config.training import Config
 from segkit.data.dataset import Dataset
 from segkit.errors import SegkitError, Stopped
 from segkit.io.atomic import write_json, write_text
 from segkit.model.checkpoint import BEST, read_checkpoint, weights_of_network
-from segkit.model.file_names import CONFIG, SPLIT, SUMMARY
-from segkit.model.folder import Model, save_description, save_firsts, save_model
+from segkit.model.file_names import CONFIG, SPLIT, SUMMARY, WEIGHTS
+from segkit.model.folder import Model, load_description, save_description, save_firsts, save_model
 from segkit.nn.cost import count_parameters
 from segkit.nn.network import SegmentationNetwork
 from segkit.nn.normalisation import order_for
@@ -219,7 +220,7 @@ def trained(
     if is_first_process():
         # Written now, so that checkpoints can be used before the end.
         save_firsts(folder / "model", first_stage)
-        save_description(folder / "model", parts.description)
+        save_description(folder / "model", _as_before(folder / "model", parts.description))
     environment = training_environment(trainer.strategy.root_device)
     started = time.perf_counter()
     with guarded(config, trainer.strategy.root_device):
@@ -280,6 +281,19 @@ def trained(
         logger.warning("%s", fall)
     network.to("cpu")
     return Run(folder, summary, model)
+
+
+def _as_before(folder: Path, description: ModelDescription) -> ModelDescription:
+    """The description with the temperature and post-processing of the weights in a model folder.
+
+    While a finished run is made longer, these weights are still used.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return description
+    former = load_description(folder)
+    return description.model_copy(
+        update={"temperature": former.temperature, "postprocessing": former.postprocessing}
+    )
 
 
 def _keep_best(config: Config, best: ModelCheckpoint, network: SegmentationNetwork) -> int | None:

@@ -1,6 +1,7 @@
 """What a run keeps of its held-out cases: predictions, probabilities and a temperature."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from segkit.config.model import PostprocessingConfig
 from segkit.evaluation.evaluate import evaluate
 from segkit.export.deployment import deployment
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import read_volume
-from segkit.model.folder import Model, load_model
+from segkit.model.folder import Model, adopt, load_description, load_model
 from segkit.training.fit import Run, train
+from segkit.training.resume import resume
 from tests.small import small_config, small_dataset
+from tests.training.test_resume import StopAfter, StoppedError
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,19 @@ def test_prediction_is_at_the_models_temperature_and_its_labels_do_not_depend_on
         assert np.array_equal(other.labels.data, plain.labels.data)
         assert_allclose(other.probabilities.data.sum(axis=-1), 1, atol=1e-6)
         assert np.array_equal(other.probabilities.data.argmax(axis=-1), plain.labels.data)
+
+
+def test_former_weights_keep_their_temperature_while_a_run_is_made_longer(
+    run: Run, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(run.folder, tmp_path / "small"))
+    adopt(folder / "model", PostprocessingConfig(largest_foreground=True))
+    former = load_description(folder / "model")
+    weights = (folder / "model" / "weights.safetensors").read_bytes()
+    with pytest.raises(StoppedError):
+        resume(folder, overrides=["train.steps=6"], callbacks=[StopAfter(5)])
+    assert (folder / "model" / "weights.safetensors").read_bytes() == weights
+    assert former.temperature is not None and load_description(folder / "model") == former
 
 
 def test_nothing_is_kept_that_was_not_asked_for(data: Path, tmp_path: Path) -> None:
