@@ -254,9 +254,7 @@ def _with_weights(
         module: the user's own module, if the network is one.
     """
     source = folder / WEIGHTS
-    if not source.is_file():
-        advice = advice_without_weights([folder.parent]) or "copy the whole folder again"
-        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none; {advice}")
+    _check_there(source)
     try:
         # Names and shapes are compared with the header of the file before memory is allocated, so
         # that neither the network nor the weights can be larger than the file.
@@ -276,6 +274,31 @@ def _with_weights(
     # The user's module may be on a GPU.
     model.network.cpu().eval()
     return model
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a model folder by name, whatever network they are of.
+
+    Raises:
+        ModelError: there are none, or they cannot be read, or one is NaN or infinite.
+    """
+    source = folder / WEIGHTS
+    _check_there(source)
+    try:
+        return _finite(load_file(source))
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{source}: cannot be read: {reason}; copy the whole folder again"
+        ) from None
+
+
+def _check_there(source: Path) -> None:
+    """Raise ModelError unless a model folder has its file of weights."""
+    if not source.is_file():
+        folder = source.parent
+        advice = advice_without_weights([folder.parent]) or "copy the whole folder again"
+        raise ModelError(f"{folder}: expected {WEIGHTS} in it, found none; {advice}")
 
 
 def _finite(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from segkit.config.model import ModelDescription
 from segkit.config.training import OtherChannels
 from segkit.errors import ModelError, first_few
-from segkit.model.folder import Model, load_model, model_folders
+from segkit.model.folder import Model, load_description, load_model, model_folders, weights_in
 from segkit.nn.network import SegmentationNetwork, weights_of
 
 FIRST_LAYERS = {"convolution": "encoder.0.1.layers.0.weight", "mednext": "encoder.0.1.0.weight"}
@@ -43,6 +43,9 @@ class TakenOver:
     reordered: bool = False
     """Whether both have the same classes in another order, so that the rows of the layers that
     compute logits were copied by the names of the classes."""
+    other_names: tuple[str, ...] = ()
+    """Names of the model's channels or classes, as in `channels T1`, if a module from Python has
+    as many others. Its weights are copied nevertheless."""
 
     @property
     def told(self) -> str:
@@ -53,6 +56,11 @@ class TakenOver:
             parts.append(f"kernels of the first layer for {first_few(each, NAMES_TOLD)}")
         if self.reordered:
             parts.append("those that compute logits by the names of the classes")
+        if self.other_names:
+            parts.append(
+                f"also those for its {' and '.join(self.other_names)}, because segkit does not "
+                "know which layers of a module from Python see them"
+            )
         if self.anew:
             parts.append(f"these begin anew: {first_few(list(self.anew), NAMES_TOLD)}")
         return "; ".join(parts)
@@ -66,6 +74,7 @@ class TakenOver:
             "channels": dict(self.channels),
             "anew": list(self.anew),
             "reordered": self.reordered,
+            "other_names": list(self.other_names),
             "told": self.told,
         }
 
@@ -82,7 +91,7 @@ def start_from(
     If the model has other classes, or regions instead of classes, the layers that compute its
     logits are not copied. If it has the same in another order, they are copied by their names. If
     it has other channels, its first layer is fitted to the channels of the network by their names
-    (see `fitted_kernels`).
+    (see `fitted_kernels`). For a module from Python, only names and shapes count.
 
     Args:
         network: the network; it changes in place.
@@ -97,7 +106,8 @@ def start_from(
         ModelError: there is no model or more than one, or no convolution in the blocks of the
             U-Net fits. (Between networks of different kinds or widths, only biases would fit, and
             these are useless.) Or the channels differ, and more layers than the first see them. Or
-            the network is a module from Python.
+            the network is a module from Python, and no matrix or kernel fits, the channels or
+            classes are the model's in another order, or `other_channels` is given.
     """
     folders = model_folders(path)
     if len(folders) > 1:
@@ -106,11 +116,12 @@ def start_from(
             f"such as {folders[0].parent}"
         )
     if description.network.given is not None:
-        raise ModelError(
-            f"{path}: train.start_from copies weights only into segkit's own networks, found a "
-            "module from Python; load its weights into the module before you pass it, as by "
-            "load_model(path, network=module), and remove train.start_from"
-        )
+        if other_channels != "mean":
+            raise ModelError(
+                f"train.other_channels is {other_channels}, but segkit does not know which layers "
+                "of a module from Python see the channels; remove it"
+            )
+        return _module_from(network, folders[0], path, description)
     model = load_model(path)
     given: dict[str, Tensor] = weights_of(model.network).state_dict()
     own: dict[str, Tensor] = weights_of(network).state_dict()
@@ -134,6 +145,46 @@ def start_from(
     anew = tuple(key for key in own if key not in fitting)
     reordered = order is not None and order != sorted(order)
     return TakenOver(str(path), copied, len(own), sources, anew, reordered)
+
+
+def _module_from(
+    network: SegmentationNetwork, folder: Path, path: Path, description: ModelDescription
+) -> TakenOver:
+    """Copy weights of a model into a module from Python, by their names and shapes.
+
+    Args:
+        network: the network that contains the module.
+        folder: the model folder.
+        path: the path that the user gave, for messages.
+        description: the description of the network.
+    """
+    other = load_description(folder)
+    given, own = weights_in(folder), weights_of(network).state_dict()
+    fitting = {
+        key: value for key, value in given.items() if key in own and own[key].shape == value.shape
+    }
+    if not any(value.ndim > 1 for value in fitting.values()):
+        raise ModelError(
+            f"{path}: none of its weights has the name and shape of a weight of the module, which "
+            f"has weights such as {first_few(list(own), NAMES_TOLD)}; give a model that was "
+            "trained with such a module"
+        )
+    others = []
+    for what, theirs, ours in (
+        ("channels", list(other.channels), list(description.channels)),
+        ("classes", list(other.labels)[1:], list(description.labels)[1:]),
+    ):
+        if theirs != ours and sorted(theirs) == sorted(ours):
+            raise ModelError(
+                f"{path}: expected the {what} {', '.join(ours)}, found them in the order "
+                f"{', '.join(theirs)}, and segkit does not know which layers of a module from "
+                f"Python see them; give the dataset the {what} in this order"
+            )
+        if theirs != ours and len(theirs) == len(ours):
+            others.append(f"{what} {', '.join(theirs)}")
+    weights_of(network).load_state_dict(fitting, strict=False)
+    anew = tuple(key for key in own if key not in fitting)
+    return TakenOver(str(path), len(fitting), len(own), anew=anew, other_names=tuple(others))
 
 
 def _order_of_classes(given: ModelDescription, own: ModelDescription) -> list[int] | None:

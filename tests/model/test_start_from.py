@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from segkit.config.model import FirstStageConfig, ModelDescription
 from segkit.errors import ModelError
 from segkit.model.build import build_network, wrap_network
-from segkit.model.folder import Model, described_model, load_model, save_model
+from segkit.model.folder import Model, described_model, save_model
 from segkit.model.start_from import FIRST_LAYERS, OUTPUTS, TakenOver, fitted_kernels, start_from
 from segkit.nn.network import weights_of
 
@@ -139,17 +139,62 @@ def test_channels_in_another_order_are_put_right(changes: dict[str, Any], tmp_pa
     assert torch.equal(found, lent[name].flip(1))
 
 
-def test_a_module_from_python_is_refused_with_the_way_to_load_its_weights(tmp_path: Path) -> None:
-    given = {"network": {"given": {"multiple": [1, 1, 1]}}}
-    told, module = description(["T1"], **given), torch.nn.Conv3d(1, 2, 1)
-    save_model(tmp_path, described_model(told, module))
-    again = torch.nn.Conv3d(1, 2, 1)
+def module_from(
+    folder: Path, own: nn.Module, channels: list[str], labels: dict[str, int]
+) -> TakenOver:
+    told = description(channels, labels=labels, network=GIVEN_MODULE)
+    return start_from(wrap_network(told, own), folder, description=told)
+
+
+GIVEN_MODULE = {"given": {"multiple": [1, 1, 1]}}
+
+
+def module(channels: int, classes: int) -> nn.Module:
+    return nn.Sequential(nn.Conv3d(channels, 3, 1), nn.BatchNorm3d(3), nn.Conv3d(3, classes, 1))
+
+
+def test_a_module_from_python_gets_the_weights_of_the_same_name_and_shape(tmp_path: Path) -> None:
+    lent = module(1, 2)
+    save_model(tmp_path, described_model(description(["T1"], network=GIVEN_MODULE), lent))
+    own = module(1, 3)
+    anew = {key: own.state_dict()[key].clone() for key in ("2.weight", "2.bias")}
+    taken = module_from(tmp_path, own, ["T1"], {"background": 0, "a": 1, "b": 2})
+    for key, value in own.state_dict().items():
+        assert torch.equal(value, anew[key] if key in anew else lent.state_dict()[key]), key
+    assert taken.told == (
+        f"7 of 9 weights were copied from {tmp_path}; these begin anew: 2.weight, 2.bias"
+    )
+
+
+def test_weights_for_other_channels_and_classes_of_a_module_are_copied_and_named(
+    tmp_path: Path,
+) -> None:
+    lent, own = module(2, 2), module(2, 2)
+    save_model(tmp_path, described_model(description(["T1", "T2"], network=GIVEN_MODULE), lent))
+    taken = module_from(tmp_path, own, ["T1", "CT"], {"background": 0, "lesion": 1})
+    assert all(
+        torch.equal(lent.state_dict()[key], own.state_dict()[key]) for key in own.state_dict()
+    )
+    assert (taken.copied, taken.anew) == (9, ())
+    assert "also those for its channels T1, T2 and classes ball, because" in taken.told
+
+
+def test_a_module_that_sees_channels_or_classes_in_another_order_is_refused(tmp_path: Path) -> None:
+    labels = {"background": 0, "a": 1, "b": 2}
+    told = description(["T1", "T2"], labels=labels, network=GIVEN_MODULE)
+    save_model(tmp_path, described_model(told, module(2, 3)))
+    with pytest.raises(ModelError, match=r"expected the channels T2, T1, found .* order T1, T2"):
+        module_from(tmp_path, module(2, 3), ["T2", "T1"], labels)
+    with pytest.raises(ModelError, match=r"expected the classes b, a, found .* order a, b"):
+        module_from(tmp_path, module(2, 3), ["T1", "T2"], {"background": 0, "b": 1, "a": 2})
+
+
+def test_a_module_that_no_weight_fits_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, ["T1"])
     with pytest.raises(
-        ModelError, match=r"load_model\(path, network=module\), and remove train\.st"
+        ModelError, match=r"the module, which has weights such as 0\.weight, 0\.bia"
     ):
-        start_from(wrap_network(told, again), tmp_path, description=told)
-    load_model(tmp_path, network=again)
-    assert torch.equal(again.weight, module.weight)
+        module_from(tmp_path, module(1, 2), ["T1"], {"background": 0, "ball": 1})
 
 
 def test_other_channels_are_refused_if_several_layers_see_them(tmp_path: Path) -> None:
