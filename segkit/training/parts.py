@@ -289,6 +289,12 @@ def check_replaced(parts: TrainingParts) -> None:
             f"parts.{fixed[0]} was replaced, but other parts were made from the old one; change "
             "the config instead, and call segkit.prepare again"
         )
+    if "network" in replaced and parts.taken_over is not None:
+        raise ConfigError(
+            "parts.network was replaced, but train.start_from has copied weights into the old one; "
+            "pass the module to segkit.prepare(config, network=...), or remove train.start_from "
+            "and load the weights into the module"
+        )
     refuse_replaced(parts.config, replaced)
 
 

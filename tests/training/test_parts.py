@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
 from segkit.config.load import load_config
+from segkit.config.network import NetworkConfig
 from segkit.data.prepared_cache import StoredCase
 from segkit.errors import ConfigError, ModelError
 from segkit.io.safe_text import read_json_object
-from segkit.model.folder import load_model
+from segkit.model.folder import described_model, load_model, save_model
 from segkit.nn.network import weights_of
 from segkit.training.fit import fit, train
 from segkit.training.parts import Augmentation, TrainingParts, prepare
@@ -204,6 +205,35 @@ def test_a_part_that_others_were_made_from_cannot_be_replaced_alone(
     with pytest.raises(ConfigError, match=r"^parts\.config was replaced, .*; change the config"):
         fit(replace(parts, config=other), runs=tmp_path)
     assert not (tmp_path / "small").exists()
+
+
+def test_a_network_is_not_replaced_by_one_that_start_from_does_not_reach(
+    dataset: Path, tmp_path: Path
+) -> None:
+    parts = parts_of(dataset, tmp_path)
+    lent = train(small_config(dataset, train={"steps": 1}), runs=tmp_path).folder
+    began = parts_of(dataset, tmp_path, train={"start_from": str(lent)})
+    with pytest.raises(
+        ConfigError, match=r"^parts\.network was replaced, but train\.start_from has"
+    ):
+        fit(replace(began, network=parts.network), runs=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_module_from_python_begins_with_the_weights_of_another_run(
+    dataset: Path, tmp_path: Path
+) -> None:
+    given = {"given": {"multiple": [1, 1, 1]}}
+    first = small_config(dataset).model_copy(
+        update={"network": NetworkConfig.model_validate(given)}
+    )
+    lent, own = nn.Conv3d(1, 2, 3, padding=1), nn.Conv3d(1, 2, 3, padding=1)
+    parts = prepare(first, runs=tmp_path, network=lent)
+    save_model(tmp_path / "lent", described_model(parts.description, lent))
+    settings = first.train.model_copy(update={"start_from": tmp_path / "lent"})
+    began = prepare(first.model_copy(update={"train": settings}), runs=tmp_path, network=own)
+    assert torch.equal(own.weight, lent.weight) and torch.equal(own.bias, lent.bias)
+    assert began.taken_over is not None and began.taken_over.copied == 2
 
 
 # Of a run whose parts were replaced
