@@ -31,6 +31,7 @@ SHOWN = {
     "data.cache",
     "data.workers",
     "data.fold",
+    "train.keep_held_out",
     "train.pictures",
     "trainer.loggers",
 }

@@ -188,8 +188,12 @@ def test_settings_that_decide_what_a_fold_learns_are_the_same_in_all_folds(
         assert (
             f"not all trained in the same way, as they differ in {section}.{key} (" in caplog.text
         )
-    pooled_with("data", "cache", "/elsewhere")
-    assert not caplog.text
+    for section, key, value in (
+        ("data", "cache", "/elsewhere"),
+        ("train", "keep_held_out", "labels"),
+    ):
+        pooled_with(section, key, value)
+        assert not caplog.text
 
 
 class Resumed(Callback):
