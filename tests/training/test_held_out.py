@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from PIL import Image
 
 from segkit.config.model import PostprocessingConfig
 from segkit.evaluation.evaluate import evaluate
@@ -51,6 +52,24 @@ def test_kept_predictions_are_those_that_were_scored(data: Path, run: Run) -> No
     assert expected.probabilities is not None
     found = read_volume(kept / f"{case}_prob.nii.gz")
     assert_allclose(found.data, expected.probabilities.data, atol=1e-6)
+
+
+def test_kept_predictions_of_all_folds_are_scored_together(
+    data: Path, run: Run, tmp_path: Path
+) -> None:
+    (case,) = run.summary["validation"]["dice_of_cases"]
+    other = next(f"case_{number}" for number in range(4) if f"case_{number}" != case)
+    for fold, name in enumerate((case, other)):
+        for path in (run.folder / "held_out").iterdir():
+            kept = tmp_path / f"fold_{fold}" / "held_out" / path.name.replace(case, name)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, kept)
+    (tmp_path / "fold_0" / "samples").mkdir()
+    picture = np.zeros((4, 4), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "fold_0" / "samples" / "step_000004.png")
+    scores = evaluate(tmp_path, data, missing="skip", probabilities=True)
+    assert {row.case for row in scores.cases} == {case, other} and not scores.extra
+    assert scores.calibration is not None and scores.calibration.voxels == 2 * 16**3
 
 
 def test_the_temperature_is_kept_with_the_model_and_said_in_the_summary(run: Run) -> None:
