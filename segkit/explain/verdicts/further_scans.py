@@ -62,9 +62,12 @@ def _scans_for_words(of: Hypothesis, num_tested: int) -> tuple[float, float]:
     # Corrected for the number of tests, and for the choice of localisation or deletion.
     strict = ROUTE_SHARES["localisation"] * SIGNIFICANT / num_tested
     shows = [
-        max((further(c.beyond, strict) for c in route), default=math.inf) for route in of.routes
+        max((further(c.beyond, strict) for c in route), default=math.inf)
+        for route in of.routes.values()
     ]
-    no_more = [min(further(c.short, SIGNIFICANT / 8) for c in route) for route in of.routes]
+    no_more = [
+        min(further(c.short, SIGNIFICANT / 8) for c in route) for route in of.routes.values()
+    ]
     need = [
         further(falls, strict) if np.mean(falls) >= DICE_MARGIN else math.inf
         for falls in of.least_contexts

@@ -28,6 +28,7 @@ LEAST_MARGIN = 1e-4
 AREA_MARGIN = 0.02
 """The area under a map's deletion curve must be smaller than a comparator's by this much."""
 MEAN_MAP = "mean map of the other scans"
+CHANCE = "chance"
 Pairs = dict[str, list[tuple[float, float]]]
 
 
@@ -135,6 +136,15 @@ def gains_in_deletion(
     return [
         Compared(name, tuple(found), (AREA_MARGIN,) * len(found)) for name, found in gains.items()
     ]
+
+
+def gains_over_chance(
+    evidence: Sequence[ChannelEvidence], structure: str, direction: Direction
+) -> Compared:
+    """The gains of the channel's AUROC over 0.5. The margin is 0."""
+    scores = [one.aurocs.get(structure, {}).get("map", math.nan) for one in evidence]
+    gains = [turned_auroc(one, direction) - 0.5 for one in scores if not math.isnan(one)]
+    return Compared(CHANCE, tuple(gains), (0.0,) * len(gains))
 
 
 def gains_over_draws(

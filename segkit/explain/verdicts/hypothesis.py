@@ -17,12 +17,15 @@ from segkit.explain.verdicts.gains import (
     Pairs,
     gains_in_auroc,
     gains_in_deletion,
+    gains_over_chance,
     gains_over_draws,
     turned_auroc,
 )
 
 ROUTE_SHARES = {"localisation": 0.8, "deletion": 0.2}
 """Shares of the permitted error for the two kinds of evidence."""
+MEAN_MAPS = {"localisation": MEAN_MAP, "deletion": EARLIER}
+"""The mean map of other scans among the comparators of each kind of evidence."""
 SIMES_SHARES = {False: 0.9, True: 0.1}
 """Shares of the permitted error for comparators in the test for showing no more: those of `OTHER`
 have the small one, so that their number takes little from the rest."""
@@ -48,7 +51,15 @@ class Hypothesis:
         self.correlations = np.array([one.correlations for one in self.evidence])
         self.places = gains_in_auroc(pairs, direction)
         self.deletions = gains_in_deletion(self.evidence, structure, direction)
-        self.routes = [route for route in (self.places, self.deletions) if route]
+        # Deletion shows the use of the image, not the place of the structure. A map that is high in
+        # the structure does not shut it out, however early its low values change the prediction.
+        chance = gains_over_chance(evidence, structure, direction)
+        found = {
+            "localisation": self.places,
+            "deletion": self.deletions and [*self.deletions, chance],
+        }
+        self.routes = {way: route for way, route in found.items() if route}
+        """The comparators of each kind of evidence; all must be exceeded."""
 
     @property
     def cases(self) -> int:
@@ -114,11 +125,8 @@ class Hypothesis:
         """
         found = [
             max(rise_p(one.beyond) for one in route) / ROUTE_SHARES[way]
-            for way, route, mean_map_of in (
-                ("localisation", self.places, MEAN_MAP),
-                ("deletion", self.deletions, EARLIER),
-            )
-            if any(one.name == mean_map_of for one in route)
+            for way, route in self.routes.items()
+            if any(one.name == MEAN_MAPS[way] for one in route)
         ]
         return min(1.0, min(found, default=1.0))
 
@@ -130,7 +138,7 @@ class Hypothesis:
     def no_more_p(self) -> float:
         """P value of the null hypothesis that the channel shows more than every comparator, either
         by localisation or by deletion."""
-        return max((_no_more_p(route) for route in self.routes), default=1.0)
+        return max((_no_more_p(route) for route in self.routes.values()), default=1.0)
 
     def learned_p(self) -> float:
         """P value of the null hypothesis that the map is like that of an untrained network.

@@ -264,6 +264,58 @@ def test_deletion_is_another_way_of_showing_more() -> None:
     assert verdict.word != "informative"
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.1])
+@pytest.mark.parametrize("auroc", [0.88, 0.12])
+def test_deletion_does_not_count_in_the_direction_against_the_auroc(
+    auroc: float, drop: float
+) -> None:
+    """The map is high in the structure, but its lowest values change the prediction first."""
+    early, late = (HIGH_FIRST, LOW_FIRST) if auroc < 0.5 else (LOW_FIRST, HIGH_FIRST)
+    areas = {early: 0.2, late: 0.8, "intensity": 0.5, EARLIER: 0.5}
+    beaten = {**COMPARED, "intensity": 0.97}
+
+    def found(number: int) -> ChannelEvidence:
+        return channel(auroc, drop, compared=beaten, areas=areas, seed=number)
+
+    verdict = judged(scans(12, found))
+    assert verdict.word == "uninformative"
+    assert verdict.direction == ("shuts out" if auroc < 0.5 else "lets through")
+    assert (verdict.figures["p, informative"], verdict.figures["p, redundant"]) == (1.0, 1.0)
+
+
+def test_deletion_counts_only_if_the_auroc_is_above_one_half_over_scans() -> None:
+    """Its p value is the larger one; here that of an AUROC of 0.6 in all scans but some."""
+    areas = {HIGH_FIRST: 0.3, LOW_FIRST: 0.8, "intensity": 0.5, EARLIER: 0.5}
+    beaten = {"intensity": 0.97, **dict.fromkeys(UNTRAINED, 0.5)}
+
+    def p_value(num_below: int) -> float:
+        found = [
+            channel(0.4 if number < num_below else 0.6, compared=beaten, areas=areas, seed=number)
+            for number in range(12)
+        ]
+        p = judged(scans(12, lambda number: found[number])).figures["p, informative"]
+        assert isinstance(p, float)
+        return p
+
+    # 12 equal sizes: each of the 12 choose k signs has the same chance. Two directions, share 0.2.
+    signs = [math.comb(12, k) for k in range(13)]
+    for num_below in range(4):
+        expected = 2 * sum(signs[: num_below + 1]) / 2**12 / 0.2
+        assert p_value(num_below) == pytest.approx(min(1, expected))
+
+
+def test_without_an_auroc_deletion_proves_no_direction() -> None:
+    areas = {HIGH_FIRST: 0.3, LOW_FIRST: 0.8, "intensity": 0.5, EARLIER: 0.5}
+    nowhere = {"a": np.zeros((10, 20, 1), bool)}
+
+    def found(number: int) -> ChannelEvidence:
+        return replace(channel(areas=areas, seed=number), aurocs={}, inside=nowhere)
+
+    verdict = judged(scans(12, found))
+    assert (verdict.word, verdict.figures["further scans"]) == ("cannot tell", None)
+    assert "in deletion 0.200 better than" in verdict.reason
+
+
 def test_two_channels_that_substitute_for_each_other_are_needed() -> None:
     """Neither is missed, but one of the two is."""
 
