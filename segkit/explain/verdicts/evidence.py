@@ -88,8 +88,8 @@ class ChannelEvidence:
     """For each order, the deletion curve of each structure. The order of a comparator begins with
     its high or low values, whichever localise the predicted structures better."""
     correlations: tuple[float, ...]
-    """|ρ| with the channel of each untrained network, without cells of constant background; NaN if
-    either map is constant."""
+    """|ρ| with the channel of each untrained network, without cells of constant background. NaN if
+    the trained network's map is constant, and 0 if only the untrained network's is."""
     box: ThinnedMap
     """The channel, thinned by `boxed`; NaN for cells that do not count."""
     inside: Mapping[str, ndarray]
@@ -275,6 +275,18 @@ def with_foreground(scores: Mapping[str, float], labelling: Labelling) -> dict[s
     return {**scores, name_of_all(labelling): sum(scores.values()) / len(scores)}
 
 
+def _likeness(own: Ranked, untrained: Ranked) -> float:
+    """|ρ| of a map and that of an untrained network; 0 if only the latter is constant.
+
+    The hard gates of an untrained network are all open. They say nothing about the order of cells,
+    so a map that has an order does not come from them.
+    """
+    constant = untrained.ranks.size and np.ptp(untrained.ranks) == 0
+    if constant and np.ptp(own.ranks) > 0:
+        return 0.0
+    return abs(spearman(own, untrained))
+
+
 class _Shared:
     """The data of a scan that all its maps share."""
 
@@ -404,7 +416,7 @@ class _MapGrid:
         ranked = body if body.any() else counted
         own = Ranked.of(values[ranked].astype(np.float64))
         correlations = [
-            abs(spearman(own, Ranked.of(one[ranked].astype(np.float64)))) for one in untrained
+            _likeness(own, Ranked.of(one[ranked].astype(np.float64))) for one in untrained
         ]
         return ChannelEvidence(
             drops,

@@ -222,7 +222,8 @@ def _tables(
             ],
             note="Absolute value of Spearman's correlation over cells. A value near 1 means that "
             "the map comes from the image and the architecture, not from training. A constant map "
-            "has no correlation.",
+            "has no correlation; if only that of the untrained network is constant, the value is "
+            "0.",
         ),
     ]
     return [table for table in tables if table.rows]

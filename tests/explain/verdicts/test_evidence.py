@@ -25,6 +25,7 @@ from segkit.explain.verdicts.evidence import (
     with_foreground,
 )
 from segkit.explain.verdicts.gains import MEAN_MAP, auroc_pairs, means_of_others
+from segkit.explain.verdicts.hypothesis import Hypothesis
 from segkit.explain.verdicts.judge import judge_gates
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
@@ -105,6 +106,31 @@ def test_a_constant_gate_loses_no_dice_and_has_no_correlation() -> None:
     found = channel_of(evidence_of(planted("constant"), 0))
     assert found.drops == {"label 1": (0.0,)} and found.aurocs["label 1"]["map"] == 0.5
     assert np.isnan(found.correlations).all()
+
+
+def test_a_gate_is_not_like_the_constant_gates_of_untrained_networks() -> None:
+    """As hard gates are, which begin fully open."""
+
+    def evidence(kind: Kind) -> ChannelEvidence:
+        case, predictor = moved_case(0), planted(kind)
+        prediction = predictor(case.volume, maps=True)
+        found = gather_evidence(
+            predictor,
+            case.volume,
+            case.reference,
+            prediction.maps,
+            labels=prediction.labels,
+            case=case.name,
+            untrained=lambda seed: Planted("constant").eval(),
+        )
+        return channel_of(found)
+
+    mask = evidence("mask")
+    assert mask.correlations == (0.0,) * 8
+    scores = [mask.aurocs["label 1"][f"untrained network {draw}"] for draw in range(8)]
+    assert scores == [0.5] * 8
+    hypothesis = Hypothesis((KEY, 0), "label 1", "lets through", [mask] * 12, {}, "foreground")
+    assert hypothesis.learned_p() == 2**-12 and hypothesis.same_p() == 1
 
 
 def test_constant_air_does_not_count_in_the_correlation_with_untrained_networks() -> None:

@@ -72,6 +72,18 @@ def test_an_untrained_network_follows_from_its_seed_and_keeps_torchs_generator()
     assert torch.equal(first[name], second[name]) and not torch.equal(first[name], other[name])
 
 
+@pytest.mark.parametrize("gate", [AdditiveGridGateConfig, AdditiveSameLevelGateConfig])
+@torch.no_grad()
+def test_a_hard_gate_of_an_untrained_network_is_open_everywhere(gate: Any) -> None:
+    hard = attending_model(skip=gate(levels=[0, 1], coefficients="hard")).description
+    window = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    for seed in range(3):
+        network = untrained_network(hard, seed)
+        with recording(network, ["skip.0/gate", "skip.1/gate"]) as maps:
+            network(window)
+        assert all((values == 1).all() for values in maps.values()) and len(maps) == 2
+
+
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 @pytest.mark.parametrize("attention", [GRID, SAME, {"encoder": "cbam"}], ids=str)
 def test_maps_of_untrained_networks_lie_on_the_trained_ones_grid(
