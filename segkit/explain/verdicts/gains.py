@@ -123,11 +123,14 @@ def _margins(scores: Iterable[float]) -> list[float]:
 def gains_in_deletion(
     evidence: Sequence[ChannelEvidence], structure: str, direction: Direction
 ) -> list[Compared]:
-    """The gains of the channel's deletion order over each comparator's order, in area."""
+    """The gains of the channel's deletion order over each comparator's order, in area.
+
+    Scans that do not have the structure are left out, though the network may predict it there.
+    """
     own = HIGH_FIRST if direction == DIRECTIONS[0] else LOW_FIRST
     gains: dict[str, list[float]] = {}
     for one in evidence:
-        areas = one.areas(structure)
+        areas = one.areas(structure) if structure in one.drops else {}
         for name, area in areas.items():
             gained = area - areas[own]
             # A network may give NaN for an image of which a part is deleted.

@@ -227,7 +227,9 @@ def _reason(verdict: GateVerdict, of: Hypothesis, num_tested: int, *, like_untra
         )
     if math.isfinite(rho := _number(figures["|ρ| with untrained networks"])):
         clauses.append(f"|ρ| with untrained networks {rho:.2f}")
-    if not of.has_mean_map:
+    if not of.places:
+        clauses.append("no AUROC, because no cell that counts lies inside, or none outside")
+    elif not of.has_mean_map:
         clauses.append("not compared with the mean map of other scans, because there is none")
     said = _said(verdict, of, num_tested, like_untrained=like_untrained)
     return f"Over {scans}, {said}: {'; '.join(clauses) or 'nothing was measured'}."

@@ -314,6 +314,26 @@ def test_without_an_auroc_deletion_proves_no_direction() -> None:
     verdict = judged(scans(12, found))
     assert (verdict.word, verdict.figures["further scans"]) == ("cannot tell", None)
     assert "in deletion 0.200 better than" in verdict.reason
+    assert "no AUROC, because no cell that counts lies inside, or none outside" in verdict.reason
+    assert "because there is none" not in verdict.reason
+
+
+def test_deletion_leaves_out_scans_without_the_structure_where_the_network_predicts_it() -> None:
+    areas = {HIGH_FIRST: 0.3, LOW_FIRST: 0.8, "intensity": 0.5, EARLIER: 0.5}
+    nowhere = {"a": np.zeros((10, 20, 1), bool)}
+    beaten = {**COMPARED, "intensity": 0.97}
+
+    def found(number: int) -> ChannelEvidence:
+        told = channel(compared=beaten, areas=areas, seed=number)
+        return told if number < 3 else replace(told, drops={}, aurocs={}, inside=nowhere)
+
+    few, alone = judged(scans(12, found)), judged(scans(3, found))
+    assert few.figures["scans"] == few.figures["scans with deletion"] == 3
+    assert few.word == "cannot tell"
+    assert (
+        few.reason == alone.reason
+        and few.figures["further scans"] == alone.figures["further scans"]
+    )
 
 
 def test_two_channels_that_substitute_for_each_other_are_needed() -> None:
