@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segkit.nn.calls import Call, calls_of, in_prediction
+from segkit.nn.calls import Call, calls_of
 from segkit.nn.cost import count_multiply_adds, count_parameters
 from segkit.nn.foreign_blocks import foreign_blocks
 from segkit.nn.gates import Gate
 from segkit.nn.map_tap import MapTap, PassThrough, Stage, computing_again, passing_through
 from segkit.nn.network import SegmentationNetwork, weights_of
+from segkit.nn.running import in_prediction
 from segkit.nn.unet import Join, UNet
 
 
@@ -77,10 +78,10 @@ def attention_blocks(
 
     In other networks, the position is the module's own name. Their blocks are found only if `image`
     is given. Then the network runs once. A module counts if its class has a name of attention
-    (`TransformerBlock`, `AttentionBlock`, `MultiheadAttention`, `ChannelSELayer`, …) and its output
-    has the shape of its features. If attention is a part of a block with shortcuts, the block
-    counts, unless it contains convolutions over more than one voxel. A warning names attention that
-    runs but cannot be counted.
+    (`TransformerBlock`, `AttentionBlock`, `MultiheadAttention`, `ChannelSELayer`, …) and
+    `as_identity` can let its features through. If attention is a part of a block with shortcuts,
+    the block counts, unless it contains convolutions over more than one voxel. A warning names
+    attention that runs but cannot be counted.
 
     Args:
         network: segkit's or any other.
@@ -164,19 +165,20 @@ def as_identity(network: nn.Module, blocks: Collection[str]) -> Iterator[None]:
     own are looked at in the first call of `network`, which therefore runs it once more:
 
     - Features: the argument that reaches the output without weights (the skip of a gate), or else
-      the argument called `x`, `x_…` or `skip…`.
+      the argument called `x`, `x_…`, `skip…` or `query`.
     - If the block's output is added to these features outside the block, as in
-      `x + attention(norm(x))`, it is 0 there instead. Then the features stay as they are.
+      `x + attention(norm(x))`, it is 0 instead. If it multiplies them, as in `x * attention(x)`, it
+      is 1. Then the features stay as they are.
+    - If the block returns a tuple, this is its first part. Other tensors in it become NaN.
 
     Args:
         network: segkit's or any other. Call it itself inside `with`, not only a part of it.
-        blocks: positions from `attention_blocks`, or names of modules (`named_modules`), whose
-            output must have the shape and the meaning of their features.
+        blocks: positions from `attention_blocks`, or names of modules (`named_modules`).
 
     Raises:
-        ValueError: if the network has no such block, or if it is `nn.MultiheadAttention`, whose
-            output is not only features. In the first call: if the network does not call the block,
-            or if several arguments may be its features.
+        ValueError: if the network has no such block. In the first call: if the network does not
+            call the block, if several arguments may be its features, or if no output of it would
+            leave them as they are.
 
     Example:
         with segkit.as_identity(model.network, segkit.attention_blocks(model.network)):
@@ -208,20 +210,26 @@ def as_identity(network: nn.Module, blocks: Collection[str]) -> Iterator[None]:
 
 
 def _fit(identity: PassThrough, block: str, call: Call | None) -> None:
-    """Set the features of an identity, and whether it is a branch, by a call of the block."""
+    """Set the features of an identity, and what it returns, by a call of the block."""
     if call is None:
         raise ValueError(
             f"{block}: expected a module that the network calls, found one that it does not call; "
             f"name one of attention_blocks(network, image)"
         )
-    if call.rivals and not call.is_branch:
+    if call.rivals and call.neutral == "features":
         raise ValueError(
             f"{block}: expected one argument to be the features, found several of the output's "
             f"shape ({', '.join(call.rivals)}); name the block that contains it, or call the "
             f"argument x"
         )
+    if call.neutral is None:
+        raise ValueError(
+            f"{block}: expected a module whose output has the shape of its features, is added to "
+            f"them or multiplies them, found {call.output or 'no tensor'} of {call.features}, used "
+            f"in another way; choose the block that contains it"
+        )
     identity.place, identity.argument = call.argument
-    identity.is_branch = call.is_branch
+    identity.unchanged = call.unchanged
 
 
 def _module(network: nn.Module, block: str) -> nn.Module:
@@ -234,12 +242,6 @@ def _module(network: nn.Module, block: str) -> nn.Module:
         raise ValueError(
             f"the network has no attention block {block!r}; it has {', '.join(known) or 'none'}, "
             f"and any other module can be given by its name"
-        )
-    if isinstance(modules[path], nn.MultiheadAttention):
-        parent = path.rpartition(".")[0]
-        raise ValueError(
-            f"{block} is an nn.MultiheadAttention, whose output is added to features; choose the "
-            f"block that contains it ({parent or 'there is none'})"
         )
     return modules[path]
 

@@ -1,34 +1,25 @@
-"""How a network calls its modules: shapes, and where features go around a module.
+"""How a network calls its modules, and which output of a module leaves its features unchanged.
 
-The network runs once. Each tensor has sources: the tensors from which it is made without weights,
-that is by normalisation, rearrangement, sums and products of elements, but not by a convolution or
-a matrix product. Two questions follow from the sources:
-
-    x * sigmoid(conv(x))     do features pass?  yes: a module that weighs them, or has a shortcut
-    x + attention(norm(x))   is it added?       yes: the sources of norm(x) include x
-    x + gate(conv(x))        is it added?       no: only the convolution is a source of the features
+x = attention(x)               the features themselves
+x = x + attention(norm(x))     0, because the shortcut is outside the module
+x = x * attention(x)           1, because the module only computes a map
 """
 
-import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from segkit.nn.map_tap import argument_names, features_argument
+from segkit.nn.running import Given, Named, in_prediction, observing
+from segkit.nn.sources import Sources
 
-MIXING = re.compile(r"(?!upsample).*(conv|mm|mv|matmul|linear|attention|multi_head|einsum).*")
-"""Names of operations with weights: convolutions and matrix products."""
-FEATURES = re.compile(r"x|x[_\d].*|skip.*")
+FEATURES = re.compile(r"x|x[_\d].*|skip.*|query")
 """Names of the argument that holds features, if others have their shape too."""
+Neutral = Literal["features", "zero", "one"]
 
 
 @dataclass(frozen=True)
@@ -38,15 +29,21 @@ class Call:
     features: tuple[int, ...] | None
     """Shape of the argument that the identity would return; None if it is not a tensor."""
     output: tuple[int, ...] | None
-    """Shape of the output; None if it is not a tensor."""
+    """Shape of the output, or of its first part if it is a tuple; None if that is no tensor."""
     argument: tuple[int, str]
     """Position and name of the argument that the identity would return."""
+    rest: tuple[tuple[int, ...] | None, ...] | None = None
+    """Shapes of the other parts of an output that is a tuple; None for each that is None."""
     rivals: tuple[str, ...] = ()
     """Names of the arguments that may be the features, if the call does not tell which are."""
     passes: bool = False
     """Whether the features reach the output without weights, as in a gate or by a shortcut."""
     added: bool = False
     """Whether the output is added to features from which it is computed."""
+    weighs: bool = False
+    """Whether such features are multiplied by the output."""
+    changed: bool = False
+    """Whether the output reaches such features only changed, so that neither 0 nor 1 keeps them."""
 
     @property
     def keeps_shape(self) -> bool:
@@ -54,42 +51,51 @@ class Call:
         return self.output is not None and self.features == self.output
 
     @property
-    def is_branch(self) -> bool:
-        """Whether the shortcut is outside the module, so that 0 leaves the features unchanged."""
-        return self.added and not self.passes
+    def neutral(self) -> Neutral | None:
+        """The output that leaves the features unchanged; None if there is none."""
+        if self.passes and self.keeps_shape:
+            return "features"
+        if self.changed or self.output is None or self.features is None:
+            return None
+        if self.added:
+            return "zero"
+        if self.weighs:
+            return "one"
+        return "features" if self.keeps_shape else None
 
-
-@contextmanager
-def in_prediction(network: nn.Module) -> Iterator[None]:
-    """Inside `with`, a network is in evaluation mode without gradients; then it is restored."""
-    modes = {part: part.training for part in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():  # not inference_mode: a module may keep tensors that it computes
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    def unchanged(self, features: Tensor) -> Any:
+        """The neutral output for these features. In a tuple, parts that are tensors become NaN."""
+        output = features
+        if self.neutral != "features":
+            assert self.output is not None and self.features is not None
+            # The sizes of features, which may differ from those of this call, where they agree.
+            sizes = [
+                features.shape[axis] if self.features[axis : axis + 1] == (size,) else size
+                for axis, size in enumerate(self.output)
+            ]
+            output = features.new_full(sizes, 1.0 if self.neutral == "one" else 0.0)
+        if self.rest is None:
+            return output
+        unknown = [
+            None if shape is None else features.new_full(shape, torch.nan) for shape in self.rest
+        ]
+        return (output, *unknown)
 
 
 def calls_of(network: nn.Module, run: Callable[[], object]) -> dict[str, Call]:
-    """Runs a network by `run`, and returns the last call of each module by the module's name."""
-    watch = _Watch()
-    handles = []
-    for name, module in network.named_modules():
-        enter, leave = partial(watch.enter, name), partial(watch.leave, name)
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave, with_kwargs=True))
-    try:
-        with in_prediction(network), watch:
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        name: Call(**vars(call) | {"added": name in watch.added})
-        for name, call in watch.calls.items()
-    }
+    """Runs a network by `run`, and returns how each module is called, by the module's name.
+
+    Of several calls of a module this is the last. If different outputs would leave the features of
+    these calls unchanged, it is marked as changed.
+    """
+    watch = _Watch(network)
+    with (
+        observing(network, enter=watch.enter, leave=watch.leave),
+        in_prediction(network),
+        watch.sources,
+    ):
+        run()
+    return {name: watch.call_of(name) for name in watch.calls}
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,80 @@ class _Argument:
     tensor: Tensor
     source: int
     """The number of this argument, among the sources of all that is made from it."""
+
+
+class _Watch:
+    """Notes the calls of a network's modules."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.modules = dict(network.named_modules())
+        self.sources = Sources()
+        self.running: list[tuple[int, list[_Argument]]] = []
+        self.calls: dict[str, dict[int, Call]] = {}
+        """The calls of each module, by their numbers."""
+
+    def call_of(self, name: str) -> Call:
+        """The last call of a module, with the use of its output."""
+        calls = [
+            replace(
+                call,
+                added=number in self.sources.added,
+                weighs=number in self.sources.weighing,
+                changed=number in self.sources.changed,
+            )
+            for number, call in self.calls[name].items()
+        ]
+        differ = len({(call.neutral, call.argument, call.rivals) for call in calls}) > 1
+        return replace(calls[-1], passes=False, changed=True) if differ else calls[-1]
+
+    def enter(self, name: str, given: Given, named: Named) -> None:
+        """A module is called with these arguments."""
+        entered = [
+            _Argument(*argument, self.sources.argument(argument[2]))
+            for argument in _arguments(self.modules[name], given, named)
+        ]
+        call = self.sources.call([one.tensor for one in entered])
+        self.running.append((call, entered))
+
+    def leave(self, name: str, given: Given, named: Named, output: object) -> None:
+        """A module returns this output."""
+        number, entered = self.running.pop()
+        parts = output if isinstance(output, tuple) and output else (output,)
+        arguments = {one.source for one in entered}
+        if not all(part is None or isinstance(part, Tensor) for part in parts) or any(
+            arguments & self.sources.of(part) for part in parts[1:] if part is not None
+        ):  # the other parts are more than weights of attention
+            parts = (None,)
+        shapes = [None if part is None else tuple(part.shape) for part in parts]
+        sources: frozenset[int] = frozenset()
+        if parts[0] is not None:
+            sources = self.sources.of(parts[0])
+            self.sources.output(parts[0], number)
+        fitting = [one for one in entered if tuple(one.tensor.shape) == shapes[0]]
+        passing = [one for one in fitting if one.source in sources]
+        called = [one for one in fitting if FEATURES.fullmatch(one.name)]
+        same = fitting[:1] if len({id(one.tensor) for one in fitting}) == 1 else []
+        # What reaches the output is proof; names come second.
+        chosen = next((one[0] for one in (same, passing, called) if len(one) == 1), None)
+        rivals = tuple(one.name for one in fitting) if chosen is None else ()
+        default = features_argument(self.modules[name])
+        if chosen is None and entered:
+            chosen = max(
+                entered, key=lambda one: (_agreement(one, shapes[0]), one.name == default[1])
+            )
+        self.calls.setdefault(name, {})[number] = Call(
+            tuple(chosen.tensor.shape) if chosen else None,
+            shapes[0],
+            (chosen.place, chosen.name) if chosen else default,
+            tuple(shapes[1:]) if isinstance(output, tuple) else None,
+            rivals,
+            bool(passing),
+        )
+
+
+def _agreement(argument: _Argument, shape: tuple[int, ...] | None) -> int:
+    """The number of axes of a shape along which an argument has as many values."""
+    return sum(one == other for one, other in zip(argument.tensor.shape, shape or (), strict=False))
 
 
 def _arguments(
@@ -115,103 +195,3 @@ def _arguments(
         for place, (name, value) in enumerate(pairs)
         if isinstance(value, Tensor)
     ]
-
-
-class _Watch(TorchDispatchMode):
-    """Follows the sources of all tensors, and notes the calls of modules."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sources = WeakTensorKeyDictionary()
-        """Numbers of the tensors from which each tensor is made without weights. Weights have
-        none."""
-        self.outputs = WeakTensorKeyDictionary()
-        """Names of the modules whose output each tensor is, if nothing was added to it."""
-        self.numbers = itertools.count()
-        self.running: list[list[_Argument]] = []
-        self.features: dict[str, frozenset[int]] = {}
-        """The sources of all arguments of each module."""
-        self.calls: dict[str, Call] = {}
-        self.added: set[str] = set()
-
-    def of(self, tensor: Tensor) -> frozenset[int]:
-        found: frozenset[int] = self.sources.get(tensor, frozenset())
-        return found
-
-    def output_of(self, tensor: Tensor) -> frozenset[str]:
-        found: frozenset[str] = self.outputs.get(tensor, frozenset())
-        return found
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        named = dict(kwargs or {})
-        name = func.overloadpacket.__name__
-        # Looked up before the call, because a call in place changes its argument.
-        data = [part for part in _tensors((args, named)) if self.of(part)]
-        sources: frozenset[int] = frozenset().union(*map(self.of, data))
-        outputs = self.output_of(data[0]) if len(data) == 1 else frozenset()
-        if MIXING.fullmatch(name):
-            sources, outputs = frozenset([next(self.numbers)]), frozenset()
-        elif name.startswith("add"):
-            for first, second in itertools.permutations(data, 2):
-                others = self.output_of(first) - self.output_of(second)
-                self.added |= {one for one in others if self.features[one] & self.of(second)}
-        result = func(*args, **named)
-        for part in _tensors(result):
-            self.sources[part], self.outputs[part] = sources, outputs
-        return result
-
-    def enter(
-        self,
-        name: str,
-        module: nn.Module,
-        given: tuple[object, ...],
-        named: Mapping[str, object],
-    ) -> None:
-        """A module is called with these arguments."""
-        arguments = _arguments(module, given, named)
-        entered = [_Argument(*argument, next(self.numbers)) for argument in arguments]
-        for argument in entered:
-            self.sources[argument.tensor] = self.of(argument.tensor) | {argument.source}
-        self.features[name] = frozenset().union(*(self.of(one.tensor) for one in entered))
-        self.running.append(entered)
-
-    def leave(
-        self,
-        name: str,
-        module: nn.Module,
-        given: tuple[object, ...],
-        named: Mapping[str, object],
-        output: object,
-    ) -> None:
-        """A module that was called with these arguments returns this output."""
-        default = features_argument(module)
-        entered = self.running.pop()
-        shape = tuple(output.shape) if isinstance(output, Tensor) else None
-        sources = self.of(output) if isinstance(output, Tensor) else frozenset()
-        if isinstance(output, Tensor):
-            self.outputs[output] = self.output_of(output) | {name}
-        fitting = [one for one in entered if tuple(one.tensor.shape) == shape]
-        passing = [one for one in fitting if one.source in sources]
-        called = [one for one in fitting if FEATURES.fullmatch(one.name)]
-        same = fitting[:1] if len({id(one.tensor) for one in fitting}) == 1 else []
-        # What reaches the output is proof; names come second.
-        chosen = next((one[0] for one in (same, passing, called) if len(one) == 1), None)
-        rivals = tuple(one.name for one in fitting) if chosen is None else ()
-        chosen = chosen or next((one for one in entered if one.name == default[1]), None)
-        self.calls[name] = Call(
-            tuple(chosen.tensor.shape) if chosen else None,
-            shape,
-            (chosen.place, chosen.name) if chosen else default,
-            rivals,
-            bool(passing),
-        )
-
-
-def _tensors(values: object) -> list[Tensor]:
-    return [part for part in tree_leaves(values) if isinstance(part, Tensor)]

@@ -1,9 +1,9 @@
-"""Attention blocks of networks that segkit did not build, found by type and shape.
+"""Attention blocks of networks that segkit did not build, found by type and use.
 
 A network runs once. A module counts as an attention block if its class has such a name
-(`TransformerBlock`, `SwinTransformerBlock`, `AttentionBlock`, `ChannelSELayer` and so on). Its
-output must also have the shape of its features, so that the identity can replace it. If blocks are
-nested, only the outermost counts. A warning names attention that runs but cannot be counted.
+(`TransformerBlock`, `SwinTransformerBlock`, `AttentionBlock`, `ChannelSELayer` and so on). There
+must also be an output of it that leaves its features as they are. If blocks are nested, only the
+outermost counts. A warning names attention that runs but cannot be counted.
 """
 
 import logging
@@ -59,7 +59,7 @@ def foreign_blocks(
             continue
         whole = WHOLE_BLOCK.fullmatch(_kind(modules[name])) is not None
         block = name if whole else _around(name, modules, calls)
-        if calls[block].keeps_shape:
+        if calls[block].neutral is not None:
             found.append(block)
     lost = [
         name
@@ -70,8 +70,8 @@ def foreign_blocks(
     ]
     if lost:
         logger.warning(
-            "attention that is not counted, because its output does not have the shape of its "
-            "features: %s; name the blocks that contain it",
+            "attention that is not counted, because no output of it would leave its features as "
+            "they are: %s; name the blocks that contain it",
             ", ".join(lost),
         )
     return found
@@ -104,7 +104,7 @@ def _around(name: str, modules: Mapping[str, nn.Module], calls: Mapping[str, Cal
         )
         if parent not in calls or not calls[parent].keeps_shape or convolves:
             break
-        if others and calls[block].passes:
+        if others and (calls[block].passes or calls[block].weighs):
             break
         block = parent
     return block

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from segkit.errors import ModelError
 from segkit.geometry.grid import Placement
 from segkit.nn.blocks import CONV_FUNCTION
-from segkit.nn.calls import in_prediction
 from segkit.nn.follow import Follower, followed_calls
 from segkit.nn.foreign_blocks import is_attention
 from segkit.nn.gates import AdditiveGridGate
 from segkit.nn.map_tap import MapTap
+from segkit.nn.running import in_prediction
 
 GATE = "segkit_gate"
 SIGNAL = "segkit_signal"

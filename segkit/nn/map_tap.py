@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -131,6 +130,10 @@ class Stage(nn.Sequential):
     """Blocks of attention one after another; each has its own position, 'bottleneck.0', …"""
 
 
+def _itself(features: Tensor) -> Tensor:
+    return features
+
+
 class PassThrough:
     """Replaces the `forward` of an attention block by the identity, which ignores other arguments.
 
@@ -142,17 +145,17 @@ class PassThrough:
         self.place, self.argument = features_argument(module)
         self.forward = module.forward
         self.own_let_through = getattr(module, "let_through", None)
-        self.is_branch = False
-        """Whether the output is added to the features outside the block; then it is 0."""
+        self.unchanged: Callable[[Tensor], Any] = _itself
+        """Gives the output that leaves features unchanged: themselves, or 0 for a branch."""
         self.asleep = False
         """Whether the block computes as it did."""
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        """The features themselves, or zeros if the block is a branch."""
+        """The output that leaves the features unchanged: by default the features themselves."""
         if self.asleep:
             return self.forward(*given, **named)
         features: Tensor = named[self.argument] if self.argument in named else given[self.place]
-        return torch.zeros_like(features) if self.is_branch else features
+        return self.unchanged(features)
 
     def let_through(self, skip: Tensor, signal: Tensor) -> Tensor:
         """The skip itself."""

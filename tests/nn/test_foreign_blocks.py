@@ -165,13 +165,14 @@ def test_a_block_whose_output_is_zero_can_go() -> None:
         assert torch.equal(network(image), whole)
 
 
-def test_attention_without_its_shortcut_is_refused_with_the_block_around_it() -> None:
-    network = Tokens()
-    with (
-        pytest.raises(ValueError, match=r"layers\.0\.mix is an nn.MultiheadAttention.*\(layers\.0"),
-        as_identity(network, ["layers.0.mix"]),
-    ):
-        pass
+def test_pytorchs_attention_without_its_shortcut_becomes_0() -> None:
+    torch.manual_seed(0)
+    network, image = Tokens().eval(), torch.randn(2, 1, 8, 8)
+    with as_identity(network, [f"layers.{n}.mix" for n in range(2)]):
+        without = network(image)
+    for layer in network.layers:
+        silent(layer.mix)
+    assert torch.equal(without, network(image))
 
 
 def silent(module: nn.Module) -> nn.Module:
@@ -282,20 +283,168 @@ def test_layers_of_two_of_pytorchs_attentions_are_blocks() -> None:
     assert attention_share(network, tokens).parameters_outside == 8 * 8 + 8
 
 
-class Mixed(Layer):
-    """PyTorch's attention beside a convolution."""
+class Mixed(nn.Module):
+    """PyTorch's attention beside a convolution, on features of a grid."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.out = nn.Conv1d(5, 5, 3, padding=1)
+        self.mix = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = tokens + self.mix(tokens, tokens, tokens)[0]
+        return self.out(tokens.transpose(1, 2).reshape(x.shape))
 
 
-def test_attention_that_cannot_be_counted_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    tokens = torch.randn(2, 5, 8)
-    assert attention_blocks(nn.Sequential(Layer()), tokens) == {"0": "0"}
+def test_pytorchs_attention_beside_a_convolution_is_a_block() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(Mixed()).eval()
+    assert attention_blocks(network, FEATURES) == {"0.mix": "0.mix"}
+    whole, out = network(FEATURES), network[0].out
+    with as_identity(network, ["0.mix"]):
+        assert_close(network(FEATURES), out(FEATURES))
+    assert torch.equal(network(FEATURES), whole)
+    share = attention_share(network, FEATURES)
+    assert share.parameters_outside == count_parameters(out)
+    assert share.multiply_adds_outside == 2 * 36 * 8 * 8 * 9
+
+
+class PixelAttention(nn.Module):
+    """A map with a value for each channel and cell, which the caller uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.logits(x))
+
+
+class ChannelAttention(PixelAttention):
+    """A map with a value for each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean((2, 3), keepdim=True))
+
+
+class SpatialAttention(PixelAttention):
+    """A map with a value for each cell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean(1, keepdim=True)
+
+
+class MappedAttention(PixelAttention):
+    """Features and a map, as a tuple."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.logits(x), super().forward(x)
+
+
+class Used(nn.Module):
+    """Attention whose output is used by a function of it, its features and others."""
+
+    def __init__(self, attention: nn.Module, use: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.attention = attention
+        self.norm = nn.InstanceNorm2d(8, affine=True)
+        self.use = use
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = torch.relu(self.first(image))
+        return self.last(self.use(self, x, image))
+
+
+def itself(x: Tensor, other: Tensor) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [ChannelAttention, SpatialAttention, PixelAttention],
+    ids=lambda kind: kind.__name__,
+)
+@pytest.mark.parametrize(
+    ("use", "without"),
+    [
+        (lambda own, x, y: x * own.attention(x), itself),
+        (lambda own, x, y: own.attention(x).expand_as(x) * x + y, lambda x, y: x + y),
+        (lambda own, x, y: x + x * own.attention(x), itself),
+        (lambda own, x, y: x + 0.5 * own.attention(own.norm(x)), itself),
+    ],
+    ids=["factor", "factor of one of two", "factor in a branch", "branch"],
+)
+def test_attention_that_only_returns_a_map_lets_its_features_through(
+    attention: type[nn.Module], use: Callable[..., Tensor], without: Callable[..., Tensor]
+) -> None:
+    torch.manual_seed(0)
+    network = Used(attention(), use).eval()
+    assert list(attention_blocks(network, FEATURES)) == ["attention"]
+    whole = network(FEATURES)
+    expected = network.last(without(torch.relu(network.first(FEATURES)), FEATURES))
+    assert not torch.allclose(whole, expected, atol=1e-3)
+    with as_identity(network, ["attention"]):
+        assert torch.equal(network(FEATURES), expected)
+        half = FEATURES[:1, :, :4]
+        expected = network.last(without(torch.relu(network.first(half)), half))
+        assert_close(network(half), expected)
+
+
+def test_both_parts_of_cbam_let_their_features_through() -> None:
+    network = Used(nn.Identity(), lambda own, x, y: own.cells(own.channels(x) * x) * x + y)
+    network.channels, network.cells = ChannelAttention(), SpatialAttention()
+    assert list(attention_blocks(network.eval(), FEATURES)) == ["channels", "cells"]
+    with as_identity(network, ["channels", "cells"]):
+        expected = network.last(torch.relu(network.first(FEATURES)) + FEATURES)
+        assert torch.equal(network(FEATURES), expected)
+
+
+def test_attention_that_also_returns_its_map_has_an_unknown_map_as_identity() -> None:
+    kept = []
+
+    def use(own: Used, x: Tensor, y: Tensor) -> Tensor:
+        found, weights = own.attention(x)
+        kept.append(weights)
+        return x + found
+
+    network = Used(MappedAttention(), use).eval()
+    assert list(attention_blocks(network, FEATURES)) == ["attention"]
+    with as_identity(network, ["attention"]):
+        expected = network.last(torch.relu(network.first(FEATURES)))
+        assert torch.equal(network(FEATURES), expected)
+    assert kept[-1].shape == FEATURES.shape and kept[-1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda own, x, y: x * torch.tanh(own.attention(x)),
+        lambda own, x, y: x * (1 + own.attention(x)),
+        lambda own, x, y: x + own.norm(own.attention(x)),
+        lambda own, x, y: x + own.attention(x) + y * own.attention(y),
+    ],
+    ids=["factor after a function", "factor beside 1", "branch after a norm", "two roles"],
+)
+def test_attention_that_no_value_can_replace_is_named_and_refused(
+    use: Callable[..., Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    network = Used(PixelAttention(), use).eval()
+    assert attention_blocks(network, FEATURES) == {}
+    assert "attention that is not counted" in caplog.text and ": attention; name" in caplog.text
+    with (
+        pytest.raises(ValueError, match=r"attention: expected a module whose output has the "),
+        as_identity(network, ["attention"]),
+    ):
+        network(FEATURES)
+
+
+def test_blocks_around_pytorchs_attention_are_found_without_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert attention_blocks(nn.Sequential(Layer()), torch.randn(2, 5, 8)) == {"0": "0"}
     assert not caplog.records
-    assert attention_blocks(nn.Sequential(Mixed()), tokens) == {}
-    assert "attention that is not counted" in caplog.text and ": 0.mix; name" in caplog.text
 
 
 class AttentionGate(nn.Module):

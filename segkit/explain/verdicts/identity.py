@@ -42,9 +42,7 @@ from segkit.nn.attention_blocks import (
     attention_blocks,
     attention_share,
 )
-from segkit.nn.calls import calls_of, in_prediction
-from segkit.nn.map_tap import computing_again
-from segkit.nn.network import SegmentationNetwork, weights_of
+from segkit.nn.running import in_prediction
 from segkit.system.progress import Track, untracked
 
 EVERY_BLOCK = "all blocks"
@@ -158,8 +156,8 @@ def judge_attention(
         Verdicts, the Dice behind them, and the share of the network outside attention.
 
     Raises:
-        ModelError: if the model has no such attention block or does not call it, if its output has
-            another shape than its features, or if several of its arguments may be its features.
+        ModelError: if the model has no such attention block or does not call it, if several of its
+            arguments may be its features, or if no output of it would leave them as they are.
         VolumeError: if a reference does not fit its scan, or has labels that the model does not
             know, if `unlabelled` names an unknown class or pair, or if there are no pairs.
 
@@ -198,8 +196,8 @@ def check_blocks(predictor: Predictor, blocks: Collection[str] | None = None) ->
         blocks: names of blocks; all of them if None.
 
     Raises:
-        ModelError: if there is none, if a block is not called, if its output has
-            another shape than its features, or if several of its arguments may be its features.
+        ModelError: if there is none, if a block is not called, if several of its arguments may be
+            its features, or if no output of it would leave them as they are.
     """
     network, image = predictor.model.network, _window(predictor)
     known = attention_blocks(network, image)
@@ -216,26 +214,10 @@ def check_blocks(predictor: Predictor, blocks: Collection[str] | None = None) ->
         )
     try:
         with as_identity(network, chosen), in_prediction(network):
-            _check_shapes(network, image, [block for block in chosen if block not in known])
             network(image)
     except ValueError as error:
         raise ModelError(str(error)) from error
     return chosen
-
-
-def _check_shapes(network: SegmentationNetwork, image: torch.Tensor, blocks: Sequence[str]) -> None:
-    """Raises a ModelError if one of these blocks is not called, or changes the shape."""
-    if not blocks:
-        return
-    with computing_again(network):
-        calls = calls_of(weights_of(network), lambda: network(image))
-    for block in blocks:
-        if block not in calls or not calls[block].keeps_shape:
-            shapes = f"{calls[block].features} to {calls[block].output}" if block in calls else ""
-            raise ModelError(
-                f"{block}: expected a module whose output has the shape of its input, found "
-                f"{shapes or 'one that is not called'}; choose the block that contains it"
-            )
 
 
 def without_blocks(

@@ -121,7 +121,7 @@ def test_a_module_that_cannot_be_the_identity_is_refused() -> None:
         check_blocks(Predictor(attending_model(), device="cpu"))
     wider = foreign()
     wider.model.network.module.useful.mix = nn.Sequential(nn.Conv3d(3, 4, 1), nn.Conv3d(4, 3, 1))
-    with pytest.raises(ModelError, match=r"useful\.mix\.0: expected a module.*found \(1, 3, 8, 8"):
+    with pytest.raises(ModelError, match=r"useful\.mix\.0: expected a module.*found \(1, 4, 8, 8"):
         check_blocks(wider, ["useful.mix.0"])
     assert check_blocks(wider, ["useful.mix"]) == ("useful.mix",)
     case = planted_case()
