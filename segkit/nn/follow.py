@@ -17,6 +17,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -328,16 +329,25 @@ def _pooled(
 def _interpolated(
     one: Followed, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
 ) -> Followed:
+    mode = _argument(args, named, 3, "mode", "nearest")
     corners = bool(_argument(args, named, 4, "align_corners", False))
+    again = bool(_argument(args, named, 5, "recompute_scale_factor", False))
+    factors = None if again else _argument(args, named, 2, "scale_factor", None)
+    scales = _each(factors, len(one.cells))
     steps, offsets = [], []
     for axis, (old, new) in enumerate(zip(one.cells, result.shape[2:], strict=True)):
         stride, offset = one.placement.stride[axis], one.placement.offset[axis]
+        # The step is 1 / factor, although the sizes may have another quotient: 9 x 0.5 gives 4.
+        ratio = Fraction(old, new)
+        if scales[axis] is not None:
+            ratio = 1 / Fraction(scales[axis]).limit_denominator(1000)
         if corners:
-            ratio = (old - 1) / (new - 1) if new > 1 else 1.0
+            ratio = Fraction(old - 1, new - 1) if new > 1 else Fraction(1)
+        elif mode == "nearest":  # cell i comes from floor(ratio i), this much less on average
+            offset -= stride * (ratio.denominator - 1) / (2 * ratio.denominator)
         else:
-            ratio = old / new
-            offset += stride * (ratio - 1) / 2
-        steps.append(stride * ratio)
+            offset += stride * (float(ratio) - 1) / 2
+        steps.append(stride * float(ratio))
         offsets.append(offset)
     return _onto(one, result, Placement(tuple(steps), tuple(offsets)))
 

@@ -23,6 +23,12 @@ LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "two pools": lambda x: F.avg_pool1d(F.avg_pool1d(x, 2), 3, stride=1),
     "linear": lambda x: F.interpolate(x, scale_factor=2, mode="linear"),
     "corners": lambda x: F.interpolate(x, size=9, mode="linear", align_corners=True),
+    "factor": lambda x: F.interpolate(x[:, :, :31], scale_factor=0.5, mode="linear"),
+    "factor of sizes": lambda x: F.interpolate(
+        x[:, :, :31], scale_factor=0.5, mode="linear", recompute_scale_factor=True
+    ),
+    "nearest": lambda x: F.interpolate(x, scale_factor=0.5),
+    "nearest, by size": lambda x: F.interpolate(x[:, :, :30], size=10),
     "down and up": lambda x: F.interpolate(F.avg_pool1d(x, 4), size=32, mode="linear"),
     "pad": lambda x: F.pad(x, (3, 1), mode="replicate"),
     "slice": lambda x: x[:, :, 3:-2:2],
@@ -46,6 +52,17 @@ def test_a_field_of_coordinates_has_the_values_of_its_placement(name: str) -> No
     inside = (places > 3) & (places < 28)
     assert inside.sum() > 4
     assert_allclose(features[0, 0][inside], places[inside], atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "new"), [(8, 16), (8, 24), (12, 8)])
+def test_nearest_cells_lie_on_average_where_they_come_from(size: int, new: int) -> None:
+    image = torch.arange(size, dtype=torch.float32)[None, None]
+    with Follower(image) as follower:
+        features = F.interpolate(image, size=new)
+    followed = follower.of(features)
+    assert followed is not None
+    places = torch.arange(new) * followed.placement.stride[0] + followed.placement.offset[0]
+    assert_allclose((features[0, 0] - places).mean(), 0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
