@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -38,15 +39,7 @@ def observing(network: nn.Module, *, enter: Enter, leave: Leave) -> Iterator[Non
     """
     handles = []
     for name, module in network.named_modules():
-
-        def before(_: nn.Module, given: Given, named: Named, name: str = name) -> None:
-            enter(name, given, named)
-
-        def after(
-            _: nn.Module, given: Given, named: Named, output: object, name: str = name
-        ) -> None:
-            leave(name, given, named, output)
-
+        before, after = partial(_before, enter, name), partial(_after, leave, name)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
@@ -54,3 +47,13 @@ def observing(network: nn.Module, *, enter: Enter, leave: Leave) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _before(enter: Enter, name: str, _: nn.Module, given: Given, named: Named) -> None:
+    enter(name, given, named)
+
+
+def _after(
+    leave: Leave, name: str, _: nn.Module, given: Given, named: Named, output: object
+) -> None:
+    leave(name, given, named, output)
