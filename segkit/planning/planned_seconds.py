@@ -6,7 +6,6 @@ import torch
 
 from segkit.config.model import ModelDescription
 from segkit.config.training import Config
-from segkit.data.augment_spatial import Vary
 from segkit.data.variation import build_variation
 from segkit.inference.window_seconds import seconds_of_window
 from segkit.model.build import build_network
@@ -24,7 +23,7 @@ def measured_seconds(
 ) -> tuple[float, float]:
     """Seconds of a step, and of a window in a validation, measured on the task's device."""
     step = {
-        "what": "step",
+        "what": "training step",
         "batch_size": config.data.batch_size,
         **description.model_dump(mode="json", include=set(STEP_OF)),
     }
@@ -55,18 +54,15 @@ def seconds_of_step(
     """Seconds of a training step with a config's network on a device of this machine."""
     batch, patch = config.data.batch_size, description.volume_patch
     network = build_network(description).to(device)
-    vary: Vary | None = None
-    margin: tuple[int, ...] = (0, 0, 0)
-    if device.type != "cpu":
-        vary, margin = build_variation(
-            config.data,
-            patch,
-            spacing=description.spacing,
-            labels=description.labelling.value_names,
-            first_classes=len(description.first_stage.classes) if description.first_stage else 0,
-        )
+    vary, margin = build_variation(
+        config.data,
+        patch,
+        spacing=description.spacing,
+        labels=description.labelling.value_names,
+        first_classes=len(description.first_stage.classes) if description.first_stage else 0,
+    )
     cut = [size + 2 * beyond for size, beyond in zip(patch, margin, strict=True)]
     channels = len(description.channels) + (description.first_stage is not None)
-    image = torch.zeros(batch, channels if vary else description.channels_in, *cut, device=device)
-    label = torch.zeros(batch, *cut, dtype=torch.long if vary is None else torch.uint8)
+    image = torch.zeros(batch, channels, *cut, device=device)
+    label = torch.zeros(batch, *cut, dtype=torch.uint8)
     return step_seconds(network, image, label.to(device), vary=vary, repeats=3)

@@ -35,6 +35,8 @@ WARM_UP = 5
 REPEATS_ON_GPU = 20
 LONG_ENOUGH = 2.0
 """Seconds of steps on a CPU, the first included, after which no more steps are timed."""
+AUGMENTATIONS = 8
+"""Number of augmentations that are timed on a CPU, unless they are slow."""
 
 
 def step_seconds(
@@ -47,9 +49,9 @@ def step_seconds(
 ) -> float:
     """Seconds of a training step on this device, as training runs it.
 
-    On a CPU this is the fastest of some steps, on free cores: time in which threads waited for
-    other programs does not count. On a GPU the step is recorded and replayed, and this
-    is the mean of all steps.
+    On a CPU this is the fastest of some steps and the mean of some augmentations, on free cores:
+    time in which threads waited for other programs does not count. On a GPU the step is recorded
+    and replayed, and this is the mean of all steps.
 
     Args:
         network: the network, on the device; its memory order is set to the fastest one.
@@ -77,34 +79,43 @@ def step_seconds(
 
     graphed = record_step(network, losses, *varied()) if device.type == "cuda" else None
 
-    def step() -> None:
+    def step(image: Tensor, label: Tensor) -> None:
         if graphed is None:
-            losses(*varied())[0].backward()
+            losses(image, label)[0].backward()
         else:
-            graphed(*varied())
-            torch.nn.utils.clip_grad_norm_(parameters, CLIPPED)
+            graphed(image, label)
+        torch.nn.utils.clip_grad_norm_(parameters, CLIPPED)
         optimiser.step()
         if graphed is None:
             optimiser.zero_grad()
 
     if device.type != "cuda":
-        seconds: list[float] = []
-        spent = 0.0
-        while len(seconds) < 3 or (len(seconds) <= repeats and spent < LONG_ENOUGH):
-            watch, started = CoreShare(), time.perf_counter()
-            step()
-            taken = time.perf_counter() - started
-            spent += taken
-            seconds.append(taken * watch.share())
-        return min(seconds[1:])
+        batch = varied()
+        seconds = _seconds_on_free_cores(lambda: step(*batch), repeats)
+        # Each augmentation draws other changes and takes another time, so the mean counts.
+        augmenting = _seconds_on_free_cores(varied, AUGMENTATIONS) if vary is not None else [0.0]
+        return min(seconds) + sum(augmenting) / len(augmenting)
     for _ in range(WARM_UP):
-        step()
+        step(*varied())
     torch.cuda.synchronize(device)
     started = time.perf_counter()
     for _ in range(REPEATS_ON_GPU):
-        step()
+        step(*varied())
     torch.cuda.synchronize(device)
     return (time.perf_counter() - started) / REPEATS_ON_GPU
+
+
+def _seconds_on_free_cores(work: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of some repeats of this work, after one to warm up that does not count."""
+    seconds: list[float] = []
+    spent = 0.0
+    while len(seconds) < 3 or (len(seconds) <= repeats and spent < LONG_ENOUGH):
+        watch, started = CoreShare(), time.perf_counter()
+        work()
+        taken = time.perf_counter() - started
+        spent += taken
+        seconds.append(taken * watch.share())
+    return seconds[1:]
 
 
 @dataclass

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Generator, Tensor
 
 from segkit.nn.unet import UNet
 from segkit.planning import speed
@@ -68,3 +69,21 @@ def test_time_in_which_other_programs_had_the_cores_does_not_count(
     network = UNet(2, 1, out_channels=2, channels=(2, 2))
     seconds = step_seconds(network, torch.zeros(2, 1, 8, 8), torch.zeros(2, 8, 8).long())
     assert seconds == 0.25
+
+
+def test_a_step_on_the_cpu_includes_the_mean_time_of_its_augmentation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    had(monkeypatch, 0.5)
+    takes = iter([0.0, 9.0, *(0.1, 0.3) * 4])  # the first augments the batch of all steps
+
+    def vary(image: Tensor, label: Tensor, _: Generator) -> tuple[Tensor, Tensor]:
+        now[0] += next(takes)
+        return image[..., 1:-1, 1:-1], label[..., 1:-1, 1:-1].long()
+
+    network = UNet(2, 1, out_channels=2, channels=(2, 2))
+    image, label = torch.zeros(2, 1, 10, 10), torch.zeros(2, 10, 10, dtype=torch.uint8)
+    monkeypatch.setattr(speed, "LONG_ENOUGH", 60.0)
+    assert step_seconds(network, image, label, vary=vary) == pytest.approx(0.5 * 0.2)
