@@ -36,6 +36,11 @@ def per_axis(numbers: Lengths) -> str:
     return "x".join(f"{number:.4g}" for number in numbers)
 
 
+def _count(patches: float) -> str:
+    """A number of patches in words, such as "0.4578" or "15,440"."""
+    return f"{patches:,.0f}" if patches >= 1000 else f"{patches:.4g}"
+
+
 def fit_memory(setting: Setting, gigabytes: float) -> Fit:
     """The largest patch that the memory allows, and then the largest batch.
 
@@ -66,8 +71,8 @@ def fit_memory(setting: Setting, gigabytes: float) -> Fit:
         f"{per_axis(candidate.divisor)}{shrunk}: {rules.SMALLEST_BATCH} patches have "
         f"{rules.SMALLEST_BATCH * cost / 1e6:.4g} million activations, and {gigabytes:g} GB {verb} "
         f"{budget / 1e6:.4g} million.",
-        "batch_size": f"{gigabytes:g} GB hold {budget / cost:.4g} patches. A batch has at most "
-        f"5 % of the dataset's voxels ({covered:.4g} patches), but at least "
+        "batch_size": f"{gigabytes:g} GB hold {_count(budget / cost)} patches. A batch has at most "
+        f"5 % of the dataset's voxels ({_count(covered)} patches), but at least "
         f"{rules.SMALLEST_BATCH} patches.",
         "channels": f"{channels[0]} at the finest of {counted(len(channels), 'level')}, doubled "
         "at each step, "

@@ -231,16 +231,22 @@ def _plan(
             f"; {'xyz'[coarsest]} is over {ANISOTROPY:g} times coarser with under a third of the "
             f"voxels, so it takes the 10th percentile, {spacing[coarsest]:.4g} mm"
         )
+    why_dice = "A patch covers enough of an image, so Dice is computed for each patch."
+    if spatial_dims == 2:
+        why_dice = (
+            "A slice may lack a class, so Dice is computed over the whole batch, which is more "
+            "stable."
+        )
+    elif pooled:
+        why_dice = (
+            "A patch covers little of an image, so Dice is computed over the whole batch, which is "
+            "more stable."
+        )
     reasons = {
         "spacing": f"{why_spacing}.",
         "slices": _why_slices(numbers, spacing),
         "low_resolution": why_low,
-        "batch_dice": (
-            "A patch covers little of an image, so Dice is computed over the whole batch, which is "
-            "more stable."
-            if pooled
-            else "A patch covers enough of an image, so Dice is computed for each patch."
-        ),
+        "batch_dice": why_dice,
     }
     return _assembled(numbers, spacing, fitted, pooled, low, reasons)
 

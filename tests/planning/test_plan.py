@@ -545,6 +545,28 @@ def test_every_value_has_a_reason_of_one_line(numbers: Numbers, spatial_dims: in
     assert all(reason.endswith(".") and "\n" not in reason for reason in plan.reasons.values())
 
 
+@pytest.mark.parametrize(
+    ("numbers", "spatial_dims", "told"),
+    [
+        (alike((64, 64, 1), (1.0, 1.0, 1.0), 9), 2, "A slice may lack a class"),
+        (HIPPOCAMPUS, 2, "A slice may lack a class"),
+        (HIPPOCAMPUS, 3, "A patch covers enough of an image"),
+        (ISOTROPIC, 3, "A patch covers little of an image"),
+    ],
+)
+def test_the_reason_for_the_dice_of_a_batch_is_true_of_the_patch(
+    numbers: Numbers, spatial_dims: int, told: str
+) -> None:
+    assert (
+        plan_for_memory(numbers, spatial_dims=spatial_dims).reasons["batch_dice"].startswith(told)
+    )
+
+
+def test_many_patches_are_told_as_a_whole_number() -> None:
+    small = plan_for_memory(alike((16, 16, 1), (1.0, 1.0, 1.0), 6), spatial_dims=2)
+    assert small.reasons["batch_size"].startswith("8 GB hold 15,384 patches.")
+
+
 def test_planning_needs_no_torch() -> None:
     code = "import segkit.planning.plan, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
