@@ -26,8 +26,6 @@ RUN_NAME = r"^[A-Za-z0-9][\w.-]*$"
 """The form of the name of a run."""
 SHARE_OF_PREPARING = 0.05
 """Plans reserve this share of `minutes` for preparing; a run measures the real time."""
-MOST_FOR_SCORING = 0.25
-"""The final scores take at most this share of `minutes`; fewer cases are scored if necessary."""
 
 
 class AdamWConfig(Section):

@@ -9,6 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 TRIES = 3
+MOST_FOR_SCORING, MOST_FOR_ONE_CASE = 0.25, 0.5
+"""The final scores take at most the first share of a timed run, and fewer cases are scored if
+necessary. If a single case takes longer, it may take the second share."""
 
 
 def num_windows(size: Sequence[int], patch_size: Sequence[int]) -> int:
@@ -23,6 +26,24 @@ def num_windows(size: Sequence[int], patch_size: Sequence[int]) -> int:
         for n, p in zip(size, patch_size, strict=True)
     )
     return math.prod(counts)
+
+
+def seconds_to_score(total: float, held_out: int, per_case: float, before: float = 0.0) -> float:
+    """Seconds that a timed run keeps for its final scores.
+
+    These are enough for all held-out cases, but at most a quarter of the time. At least one case
+    is scored, so there is time for one if it takes at most half of the time.
+
+    Args:
+        total: seconds of the whole run.
+        held_out: number of held-out cases.
+        per_case: seconds of a case.
+        before: seconds until the first case can be scored.
+    """
+    if not held_out:
+        return 0.0
+    one = min(before + per_case, MOST_FOR_ONE_CASE * total)
+    return min(before + held_out * per_case, max(MOST_FOR_SCORING * total, one))
 
 
 def seconds_of_window(network: nn.Module, windows: Float[Tensor, "batch channel *space"]) -> float:

@@ -99,7 +99,7 @@ def sections_of(
             "validation_cases": (
                 schedule.validation_cases,
                 "Validations take at most a tenth of the time, so each uses only this number of "
-                "held-out cases. The final scores use all.",
+                "held-out cases. The final scores use all for which there is time.",
             ),
         },
         "trainer": {"accelerator": (accelerator, "")},

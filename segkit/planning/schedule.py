@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING, SHARE_OF_PREPARING
+from segkit.config.training import LEAST_STEPS, SHARE_OF_PREPARING
 from segkit.errors import counted
+from segkit.inference.window_seconds import seconds_to_score
 
 SHARE_OF_VALIDATION = 0.1
 """Validations take at most this share of the time."""
@@ -49,7 +50,7 @@ def schedule_within(
     total = 60 * minutes
     count, cases = _validations(SHARE_OF_VALIDATION * total, seconds_per_case, held_out)
     validating = count * cases * seconds_per_case
-    scoring = min(held_out * seconds_per_case, MOST_FOR_SCORING * total)
+    scoring = seconds_to_score(total, held_out, seconds_per_case)
     preparing = SHARE_OF_PREPARING * total
     steps = max(int((total - validating - scoring - preparing) / seconds_per_step), LEAST_STEPS)
     name = "single precision" if precision == torch.float32 else str(precision).split(".")[-1]
@@ -73,6 +74,11 @@ def schedule_within(
         )
     elif not held_out:
         why += " No case is held out, so there are no scores."
+    if held_out and seconds_per_case > scoring:
+        why += (
+            f" At least one case is scored, so the run takes about {seconds_per_case - scoring:.0f}"
+            f" s longer than its time."
+        )
     if steps == LEAST_STEPS:
         why += " This is the smallest number of steps, so the run may take longer."
     return Schedule(

@@ -27,10 +27,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from segkit.config.training import LEAST_STEPS, MOST_FOR_SCORING
+from segkit.config.training import LEAST_STEPS
 from segkit.data.prepared_cache import StoredCase
 from segkit.errors import counted
-from segkit.inference.window_seconds import num_windows, seconds_of_window
+from segkit.inference.window_seconds import num_windows, seconds_of_window, seconds_to_score
 from segkit.system.core_share import FREE, CoreShare
 from segkit.training.lightning_private import set_last_step
 
@@ -87,10 +87,7 @@ class TimeBudget:
     @property
     def for_scoring(self) -> float:
         """Seconds that are reserved for the final scores."""
-        if not self.held_out:
-            return 0.0
-        wanted = self.held_out * self.per_case + SECONDS_TO_CONVERT
-        return min(wanted, MOST_FOR_SCORING * self.seconds)
+        return seconds_to_score(self.seconds, self.held_out, self.per_case, SECONDS_TO_CONVERT)
 
     @property
     def left(self) -> float:

@@ -44,3 +44,15 @@ def test_steps_get_the_time_left_by_preparing_validating_and_scoring() -> None:
     schedule = schedule_within(10.0, seconds_per_step=0.5, seconds_per_case=9.0, held_out=0)
     assert (schedule.steps, schedule.validation_cases) == (1140, None)
     assert "No case is held out, so there are no scores" in schedule.why_steps
+
+
+def test_a_case_that_takes_longer_than_a_quarter_of_the_time_is_scored_within_it() -> None:
+    # 3 s are for preparing, and there is no validation.
+    schedule = schedule_within(1.0, seconds_per_step=0.5, seconds_per_case=27.0, held_out=5)
+    assert schedule.steps == 60  # in 30 s
+    assert "27 s for the final scores" in schedule.why_steps
+    assert "longer than its time" not in schedule.why_steps
+    schedule = schedule_within(1.0, seconds_per_step=0.5, seconds_per_case=41.0, held_out=5)
+    assert schedule.steps == 54 and "30 s for the final scores" in schedule.why_steps
+    told = "At least one case is scored, so the run takes about 11 s longer than its time."
+    assert told in schedule.why_steps

@@ -79,6 +79,23 @@ def test_a_run_ends_on_time_however_fast_the_machine_is(
     assert min(advances) >= 0 and budget.advanced <= 400
 
 
+@given(st.floats(30.0, 290.0))
+@settings(max_examples=20, deadline=None)
+def test_a_run_in_which_a_single_case_takes_up_to_half_of_the_time_ends_on_time(
+    per_case: float,
+) -> None:
+    clock = Clock()
+    budget = TimeBudget(600.0, 20.0, 400, 4, 0, 50, clock=clock)
+    budget.per_case = per_case
+    while not budget.finished:
+        clock.now += 1.0
+        budget.end_step()
+    scored = max(int((600.0 - budget.elapsed - 5.0) / per_case), 1)
+    clock.now += 5.0 + min(scored, 4) * per_case
+    assert budget.elapsed <= 606.0
+    assert scored == 4 or budget.elapsed + per_case >= 540.0
+
+
 def test_a_machine_that_is_as_fast_as_planned_takes_the_planned_steps_one_by_one() -> None:
     budget, _, advances = simulated(405.0 + 5.0, 1.0, 0.0)
     assert budget.steps == pytest.approx(400, abs=6)
