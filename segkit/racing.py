@@ -222,7 +222,9 @@ def _raced(
 ) -> list[list[Entry]]:
     """The rounds of a race that takes about `seconds`; a round without time is left out.
 
-    The time includes preparing and scoring. Prepared cases remain in the cache for the run.
+    The time includes preparing and scoring. If these take so long that the time is over before the
+    last candidate of a round has begun, this round does not count. Prepared cases remain in the
+    cache for the run.
 
     Args:
         configs: the config of each candidate, by name.
@@ -240,6 +242,8 @@ def _raced(
             break
         found: dict[str, Any] = {}
         for name in track(names, f"racing for {each:.0f} s each", len(names)):
+            if time.monotonic() - started > seconds:
+                return rounds
             found[name] = _entry(configs[name], dataset, cases, each, cache)
         dice = dice_in_common({name: of_cases for name, (of_cases, _) in found.items()})
         rounds.append([Entry(name, each, found[name][1], dice[name]) for name in names])

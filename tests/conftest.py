@@ -8,8 +8,10 @@ from hypothesis import settings
 
 from tests.hub import Hub, hub_server_here
 
-# Every shape in a signature is checked at each call, which is too uneven for a clock.
-settings.register_profile("segkit", deadline=None)
+# Every shape in a signature is checked at each call, which is too uneven for a clock. A commit gets
+# the same examples everywhere and always. `pytest --hypothesis-profile search` draws others.
+settings.register_profile("segkit", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, print_blob=True)
 settings.load_profile("segkit")
 
 ROOT = Path(__file__).parents[1]

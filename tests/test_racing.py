@@ -189,6 +189,28 @@ def test_there_is_no_race_once_planning_has_taken_its_share_of_the_time(
     assert planned.plan.spatial_dims == 3 and "Raced" not in planned.text
 
 
+@pytest.mark.parametrize(("seconds_of_one", "trained"), [(5.0, 3), (20.0, 2), (45.0, 1)])
+def test_a_race_begins_no_candidate_once_its_time_is_over(
+    seconds_of_one: float, trained: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    now, names = 0.0, []
+
+    def entry(config: str, *_: object) -> tuple[dict[str, dict[str, float]], int]:
+        nonlocal now
+        now += seconds_of_one
+        names.append(config)
+        return {"case": {"a": 0.5}}, 1
+
+    monkeypatch.setattr(racing.time, "monotonic", lambda: now)
+    monkeypatch.setattr(racing, "_entry", entry)
+    configs: dict[str, Any] = {"rule": "rule", "2D": "2D", "coarser": "coarser"}
+    empty: Any = None
+    rounds = racing._raced(
+        configs, empty, ((), ()), seconds=35.0, cache=tmp_path, track=lambda items, *_: items
+    )
+    assert names[:3] == ["rule", "2D", "coarser"][:trained] and bool(rounds) == (trained == 3)
+
+
 def test_a_schedule_without_a_time_is_not_raced(dataset: Path, tmp_path: Path) -> None:
     planned = plan_by_race(dataset, cache=tmp_path / "c", device="cpu", preset="nnunet")
     assert planned.config.train.minutes is None and "Chosen by mean Dice" not in planned.text

@@ -359,8 +359,9 @@ def _assembled(
         separate_z=separate_axis(current, spacing, thick) is not None,
         low_resolution=low_resolution,
         reasons={
-            "strides": f"Each of {len(chosen.strides)} strides halves an axis if it keeps "
-            f"{rules.SMALLEST_EDGE} voxels and is less than twice as coarse as the finest axis.",
+            "strides": f"Each of {counted(len(chosen.strides), 'stride')} halves an axis if it "
+            f"keeps {rules.SMALLEST_EDGE} voxels and is less than twice as coarse as the finest "
+            "axis.",
             "kernels": f"Kernels have size 1 along an axis at least twice as coarse as the finest. "
             f"There is such an axis at {num_flat} of {counted(len(chosen.kernels), 'level')}.",
             "normalisation": f"The channels are {', '.join(numbers.channels)}. In the median case, "

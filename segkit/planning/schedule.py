@@ -47,7 +47,7 @@ def schedule_within(
         precision: precision of the training.
         place: the machine that trains, in words.
     """
-    total = 60 * minutes
+    total = 60.0 * minutes
     count, cases = _validations(SHARE_OF_VALIDATION * total, seconds_per_case, held_out)
     validating = count * cases * seconds_per_case
     scoring = seconds_to_score(total, held_out, seconds_per_case)

@@ -325,7 +325,7 @@ def test_a_timed_run_ends_on_time_and_goes_on_after_a_stop(
     told = run.summary["minutes"]
     assert told["given"] == 0.1 and told["planned_steps"] == 1000
     # How far over depends on the programs that use this machine's cores.
-    assert 0 < told["taken"] < (time.monotonic() - started) / 60
+    assert 0 < told["taken"] < (time.monotonic() - started) / 60 + 0.005  # it is rounded
 
 
 def test_a_run_without_validations_writes_checkpoints_and_goes_on(tmp_path: Path) -> None:
