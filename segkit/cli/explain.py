@@ -17,7 +17,7 @@ from segkit.cli.options import (
     SeriesOption,
 )
 from segkit.cli.terminal import complain, console, raise_failures, say
-from segkit.errors import VolumeError, counted
+from segkit.errors import VolumeError, counted, first_few
 
 if TYPE_CHECKING:
     from segkit.explain.display import Verdict
@@ -80,8 +80,8 @@ def explain_command(
     """Write attention maps, how well they show structures, and a page.
 
     Maps are compared with the reference, or with the predicted labels if there is none. If there
-    are several volumes, each has its own folder, and a table and a page summarise all. A volume
-    that fails does not stop the others.
+    are several volumes, each has its own folder, and a table and a page summarise all; with
+    --reference, all that have one. A volume that fails does not stop the others.
     """
     import torch
 
@@ -150,13 +150,21 @@ def explain_command(
         track=track,
     )
     failures = []
+    unpaired = []
     for explained in explanations:
         if explained.error is None:
             _tell(explained, alone=len(found) == 1)
+            if reference is not None and explained.against == "prediction":
+                unpaired.append(explained.name)
         else:
             failures.append(explained.error)
     _conclude(over_all, studies)
-    if len(failures) < len(found):
+    if unpaired:
+        say(
+            "compared with the predicted labels, and left out of the results over all volumes, "
+            f"because there is no reference: {first_few(unpaired)}"
+        )
+    if len(failures) + len(unpaired) < len(found):
         say(f"next: open {out / 'index.html'}")
     if len(found) > 1:
         for error in failures:

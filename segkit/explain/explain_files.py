@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from segkit.errors import SegkitError, VolumeError
+from segkit.errors import SegkitError, VolumeError, first_few
 from segkit.evaluation.references import references_in
 from segkit.evaluation.tolerance import Tolerance, tolerance_in
 from segkit.explain.attribution.attribute import AttributionSettings, Method
@@ -72,6 +72,8 @@ class Explained:
     """A sentence about each attribution."""
     unit: Unit = "mm"
     """The unit of lengths in the volume, for people."""
+    against: str = "prediction"
+    """The labels that its maps are compared with: 'reference' or 'prediction'."""
     error: str | None = None
     """The reason as one sentence; None if the files were written."""
 
@@ -112,7 +114,8 @@ def explain_files(
         references: the label file of the only volume, a folder of labels, or a dataset. Files of a
             folder or dataset are paired with the volumes as in `pair_with`. Classes that a dataset
             calls unlabelled in a case (`data.labelled`) do not count there. If None, the model's
-            own labels replace the reference.
+            own labels replace the reference. So they do for a volume without a reference, which is
+            then left out of the results over all volumes, because they would not be comparable.
         tolerance: largest distance from a structure at which a map's highest value still counts as
             pointing at it: a number in mm, or a length such as '0.5 µm' or '2 pixels'. If None, 5
             mm, or 5 pixels for pictures.
@@ -129,7 +132,7 @@ def explain_files(
         track: reports the progress.
 
     Raises:
-        VolumeError: if an output file exists or is also an input, or a volume has no reference.
+        VolumeError: if an output file exists or is also an input, or no volume has a reference.
         ModelError: if verdicts are wanted and the model has no gates, or `identity` and it has no
             attention block.
     """
@@ -147,6 +150,7 @@ def explain_files(
     ablated: list[Ablation] = []
     sources: list[Input] = []
     left_out: list[str] = []
+    unpaired: list[str] = []
     incomplete = False  # whether writing failed after some of a volume's files
     asked = models_and_settings(predictor)
     wanted = tolerance_in(tolerance, DEFAULT_POINTING)
@@ -199,7 +203,11 @@ def explain_files(
             explanation.attention,
             attributed=said,
             unit=explanation.scan.unit,
+            against=explanation.against,
         )
+        if references is not None and reference is None:
+            unpaired.append(source.name)
+            continue
         sources.append(source)
         cases.append(CaseFigures(source.name, explanation.measures, explanation.dice))
         worths += [explanation.worth] if explanation.worth else []
@@ -210,6 +218,8 @@ def explain_files(
     if len(inputs) > 1 and cases:
         made = made_by(predictor, asked, (file for source in sources for file in source.files))
         facts = facts_of(predictor)
+        if unpaired:
+            facts["scans without a reference, left out"] = first_few(unpaired)
         _write_cohort(folder, cases, worths, study, facts, left_out, made, conclude)
     if not incomplete:
         mark_finished(folder / PAGE)

@@ -32,7 +32,7 @@ def explain_heads(
 
     Args:
         predictor: runs the model.
-        inputs: the volumes.
+        inputs: the volumes. Those without a reference are left out.
         references: their labels, as in `explain_files`.
         folder: the folder to write the two files to.
         overwrite: whether existing files may be replaced.
@@ -42,12 +42,13 @@ def explain_heads(
         The figures of each position in the network that has heads.
 
     Raises:
-        VolumeError: if a file exists, or a reference is missing or does not fit its volume.
+        VolumeError: if a file exists, no volume has a reference, or one does not fit its volume.
         ModelError: if the model has no attention heads.
     """
     table, whole = (folder / each for each in HEADS)
     refuse_existing([table, whole], overwrite=overwrite)
     found = find_references(inputs, references)
+    inputs = [source for source in inputs if source.name in found]
     structures = references_in(references).rules.structures
     cases = []
     for source in inputs:

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from segkit.errors import VolumeError
+from segkit.errors import VolumeError, first_few
 from segkit.evaluation.pairing import pair_by_name
 from segkit.evaluation.references import NamedVolume, called, references_in
 from segkit.io.inputs import Input
 
 
 def find_references(inputs: Sequence[Input], references: Path) -> dict[str, NamedVolume]:
-    """The reference of each input, by the input's name.
+    """The reference of each input that has one, by the input's name.
 
     Args:
         inputs: the volumes. If some lie among the references, they are not taken for references.
@@ -18,7 +18,7 @@ def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Name
             files are paired with the inputs as in `pair_with`.
 
     Raises:
-        VolumeError: if an input has no reference or more than one.
+        VolumeError: if no input has a reference, or one has several.
     """
     known = references_in(references)
     if [volume.path for volume in known.volumes] == [references]:
@@ -34,10 +34,11 @@ def find_references(inputs: Sequence[Input], references: Path) -> dict[str, Name
     pairing = pair_by_name([called(file, name) for file, name in named.items()], labels)
     volumes = {(volume.case, volume.path): volume for volume in labels}
     found = {named[scan]: volumes[case, path] for case, scan, path in pairing.pairs}
-    for source in inputs:
-        if source.name not in found:
-            raise VolumeError(
-                f"{references}: contains no reference called {source.name}; add it or leave out "
-                f"this volume"
-            )
+    if not found:
+        names = first_few([source.name for source in inputs], 3)
+        raise VolumeError(
+            f"{references}: expected references named like the volumes ({names}), found "
+            f"{first_few([volume.case for volume in labels], 3) or 'none'}; rename the files or "
+            f"leave out --reference"
+        )
     return found

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ import pytest
 from segkit.config.attention import AdditiveGridGateConfig
 from segkit.explain.verdicts.identity import judge_attention
 from segkit.inference.predictor import Predictor
-from segkit.io.volume import read_labels, read_volume
+from segkit.io.volume import read_labels, read_volume, write_volume
 from segkit.model.folder import save_model
 from tests.cli.command import run
-from tests.explain.heads.test_study import attending_model, self_attention
+from tests.explain.heads.test_study import attending_model, noise_case, self_attention
 from tests.explain.test_explain_files import (
     OVER_ALL,
     files_in,
@@ -67,6 +68,47 @@ def test_the_command_writes_verdicts_of_each_scan_and_of_all(
     assert not list(out.rglob("ablation.csv"))
     assert "verdicts" not in json.loads((out / "cohort.json").read_text())
     assert (out / "a" / "measures.json").exists() and (out / "cohort.csv").exists()
+
+
+def test_a_session_without_a_reference_is_explained_and_does_not_count_beside_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = attending_model(skip=AdditiveGridGateConfig(levels=[1]))
+    told = model.description.model_copy(update={"channels": ["T1w"]})
+    save_model(tmp_path / "model", replace(model, description=told))
+    bids, derivatives = tmp_path / "bids", tmp_path / "bids" / "derivatives" / "manual"
+    for seed, session in enumerate(("1", "2")):
+        case, place = noise_case(8, 8, 8, seed=seed), Path("sub-a", f"ses-{session}", "anat")
+        write_volume(bids / place / f"sub-a_ses-{session}_T1w.nii.gz", case.volume)
+        if session == "1":
+            dseg = derivatives / place / f"sub-a_ses-{session}_dseg.nii.gz"
+            write_volume(dseg, case.reference)
+    (bids / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.8.0"}')
+    words = ["explain", bids, "--model", tmp_path / "model", "--device", "cpu", "--out"]
+    code, said, err = run(*words, tmp_path / "out", "--reference", bids, capsys=capsys)
+    assert (code, err) == (0, "")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert len(names) == 2
+    sentence = (
+        "compared with the predicted labels, and left out of the results over all volumes, because "
+        f"there is no reference: {names[1]}"
+    )
+    assert sentence in " ".join(said.split())
+    against = [
+        json.loads((tmp_path / "out" / name / "measures.json").read_text())["against"]
+        for name in names
+    ]
+    assert against == ["reference", "prediction"]
+    assert {row["case"] for row in rows_of(tmp_path / "out" / "cohort.csv")} == {names[0]}
+    cohort = json.loads((tmp_path / "out" / "cohort.json").read_text())
+    assert cohort["scans"] == 1
+    assert cohort["made"]["scans without a reference, left out"] == names[1]
+    (derivatives / "sub-a" / "ses-1" / "anat" / "sub-a_ses-1_dseg.nii.gz").rename(
+        derivatives / "sub-b_dseg.nii.gz"
+    )
+    code, _, err = run(*words, tmp_path / "none", "--reference", bids, capsys=capsys)
+    assert code == 2 and "expected references named like the volumes" in err
+    assert not (tmp_path / "none").exists()
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -191,6 +191,21 @@ def test_the_files_of_heads_hold_the_figures_of_the_study(scans: Path, tmp_path:
         assert entry["heads"] == [vars(head) for head in position.heads]
 
 
+def test_heads_are_studied_on_the_volumes_that_have_a_reference(
+    scans: Path, tmp_path: Path
+) -> None:
+    predictor, labels = predictor_of(bottleneck=self_attention(1)), scans.parent / "labels"
+    (labels / "a.nii.gz").unlink()
+    figures = explain_heads(predictor, find_inputs([scans], 1), labels, tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "heads.json").read_text())
+    assert told["cases"] == ["b"]
+    assert [entry["file"] for entry in told["provenance"]["inputs"]] == ["b.nii.gz"]
+    alone = explain_heads(
+        predictor, find_inputs([scans / "b.nii.gz"], 1), labels, tmp_path / "alone"
+    )
+    assert [one.dice for one in figures] == [one.dice for one in alone]
+
+
 def heads_of(figures: list[PositionFigures]) -> list[HeadFigures]:
     return [head for position in figures for head in position.heads]
 
@@ -227,10 +242,13 @@ def test_a_reference_is_the_file_itself_or_its_namesake_in_a_folder(tmp_path: Pa
     }
     single = tmp_path / "x_1.nii.gz"
     assert paths_of(find_references([z], single)) == {"z": single}
-    with pytest.raises(
-        VolumeError, match=r"contains no reference called z; add it or leave out this volume$"
-    ):
-        find_references([y, z], tmp_path)
+    assert paths_of(find_references([y, z], tmp_path)) == {"y": tmp_path / "y.nrrd"}
+    message = (
+        r"expected references named like the volumes \(z\), found x, x_1, y; rename the files or "
+        r"leave out --reference$"
+    )
+    with pytest.raises(VolumeError, match=message):
+        find_references([z], tmp_path)
     with pytest.raises(VolumeError, match=r"nowhere: no such file or folder; check the path$"):
         find_references([x], tmp_path / "nowhere")
 
