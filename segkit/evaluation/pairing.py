@@ -22,6 +22,7 @@ from pathlib import Path
 
 from segkit.errors import VolumeError, first_few
 from segkit.evaluation.references import BESIDE, NamedVolume, Parts, References, volumes_in
+from segkit.io.dicom_headers import DICOM_SUFFIX
 from segkit.io.file_names import safe_name
 
 LABEL_WORDS = (
@@ -70,6 +71,11 @@ def pair_with(predictions: Path, references: References, where: Path) -> Pairing
     found = volumes_in(predictions, but=where)
     pairing = pair_by_name(found, references.volumes)
     if not pairing.pairs:
+        if _is_only_dicom(predictions, found):
+            raise VolumeError(
+                f"{predictions}: expected predictions in NIfTI or another format of volumes, found "
+                f"*{DICOM_SUFFIX}, which are not scored; predict again without --dicom-seg"
+            )
         raise VolumeError(
             f"{predictions}: expected volumes named like those in {where} "
             f"({first_few([volume.case for volume in references.volumes], 3) or 'none'}), found "
@@ -77,6 +83,13 @@ def pair_with(predictions: Path, references: References, where: Path) -> Pairing
         )
     # If the user gave a single prediction, the other references are not missing.
     return pairing if predictions.is_dir() else Pairing(pairing.pairs)
+
+
+def _is_only_dicom(folder: Path, found: Sequence[NamedVolume]) -> bool:
+    """Whether a folder holds DICOM files, and no volumes but those written beside predictions."""
+    return all(BESIDE.search(volume.names[0][-1]) for volume in found) and any(
+        folder.rglob(f"*{DICOM_SUFFIX}")
+    )
 
 
 def pair_by_name(predictions: Sequence[NamedVolume], references: Sequence[NamedVolume]) -> Pairing:

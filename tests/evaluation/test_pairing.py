@@ -221,3 +221,16 @@ def test_missing_predictions_are_refused_left_out_or_taken_for_empty(tmp_path: P
     assert empty.made["inputs"][1]["prediction"] is None
     with pytest.raises(segkit.ConfigError, match="value 'zero' of missing; choose one of 'refuse'"):
         segkit.evaluate(tmp_path / "p", tmp_path / "r", missing="zero")
+
+
+def test_dicom_segmentations_are_told_to_be_predicted_in_another_format(tmp_path: Path) -> None:
+    volume = Volume(np.ones((2, 2, 2), np.uint8), Grid((2, 2, 2), np.eye(4)))
+    write_volume(tmp_path / "references" / "a.nii.gz", volume)
+    write_volume(tmp_path / "segs" / "a_prob.nii.gz", volume)
+    (tmp_path / "segs" / "a.dcm").touch()
+    known = references_in(tmp_path / "references")
+    with pytest.raises(
+        segkit.VolumeError,
+        match=r"found \*\.dcm, which are not scored; predict again without --dicom-seg$",
+    ):
+        pair_with(tmp_path / "segs", known, tmp_path / "references")
