@@ -119,8 +119,8 @@ def read_dataset_file(folder: Path, given: Labelling | None = None) -> DatasetJs
     with problems.noted():
         labelling = given or _labelling_of_file(path, file)
         codes = {name: code for name, code in file.codes.items() if name in labelling.members}
-        if given is None and file.codes.keys() - codes.keys():
-            raise _unknown_codes(str(path), file.codes, labelling)
+        if given is None:
+            check_codes(str(path), file.codes, labelling)
     with problems.noted():
         files = (
             _on_disk(folder, file, len(channels))
@@ -171,17 +171,18 @@ def labelling_of(
     """
     groups = {name: tuple(dict.fromkeys(numbers)) for name, numbers in labels.items()}
     labelling = labelling_from(source, groups, regions_class_order)
-    if codes.keys() - labelling.members.keys():
-        raise _unknown_codes(source, codes, labelling)
+    check_codes(source, codes, labelling)
     return labelling
 
 
-def _unknown_codes(source: str, codes: Mapping[str, Any], labelling: Labelling) -> DatasetError:
-    unknown = next(name for name in codes if name not in labelling.members)
-    return DatasetError(
-        f"{source}: codes names {unknown}, which is not one of the labels "
-        f"{_listing(labelling.members)}; correct the name"
-    )
+def check_codes(source: str, codes: Mapping[str, Any], labelling: Labelling) -> None:
+    """Raise DatasetError if `codes` in `source` names a label that is not in the labelling."""
+    for name in codes:
+        if name not in labelling.members:
+            raise DatasetError(
+                f"{source}: codes names {name}, which is not one of the labels "
+                f"{_listing(labelling.members)}; correct the name"
+            )
 
 
 def _read(path: Path, kind: type[Content]) -> Content:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from segkit.config.dataset_files import FilesConfig
 from segkit.config.labels import Labelling
-from segkit.data.dataset_json import DatasetJson, NamedFiles, labelling_of
+from segkit.data.dataset_json import DatasetJson, NamedFiles, check_codes, labelling_of
 from segkit.data.proposed_files import told_labels
 from segkit.data.wildcards import case_name, expression_of
 from segkit.errors import DatasetError, Problems, first_few, printable
@@ -43,9 +43,11 @@ def list_files(folder: Path, files: FilesConfig, given: Labelling | None = None)
             f"data.files: expected the names of the labels, found none; set data.labels, such as "
             f"{told_labels([label for *_, label in found])} for the numbers in {found[0][2]}"
         )
-    labelling = given or labelling_of(
-        "data.files", files.labels, files.regions_class_order, files.codes
-    )
+    if given is None:
+        labelling = labelling_of("data.files", files.labels, files.regions_class_order, files.codes)
+    else:
+        labelling = given
+        check_codes("data.files", files.codes, labelling)
     return DatasetJson(channels, labelling, tuple(found), dict(files.codes))
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from segkit.config.dataset_files import FilesConfig
+from segkit.config.labels import Labelling
 from segkit.config.load import dataset_in, load_config, validated
 from segkit.config.training import Config
 from segkit.data.dataset import CaseFiles, Dataset, read_case, read_dataset
@@ -131,6 +132,20 @@ def test_patterns_that_do_not_fit_are_refused(
     with pytest.raises(SegkitError, match=words) as refusal:
         read_dataset(study, files_of(**{**PATTERNS, **keys}))
     assert "\n" not in str(refusal.value)
+
+
+def test_codes_must_name_labels_that_stand_in_data_labels_too(study: Path) -> None:
+    liver = {"scheme": "SCT", "value": "10200004", "meaning": "Liver"}
+    labelling = Labelling({"background": 0, "kidney": 1, "tumour": 2})
+    keys = {key: value for key, value in PATTERNS.items() if key != "labels"}
+    with pytest.raises(
+        DatasetError,
+        match=r"data\.files: codes names liver, which is not one of the labels kidney, tumour",
+    ):
+        read_dataset(study, files_of(**keys, codes={"liver": liver}), given=labelling)
+    assert set(
+        read_dataset(study, files_of(**keys, codes={"kidney": liver}), given=labelling).codes
+    )
 
 
 @pytest.mark.parametrize(
