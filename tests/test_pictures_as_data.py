@@ -18,6 +18,7 @@ from segkit.data.dataset import read_case, read_dataset
 from segkit.errors import DatasetError, VolumeError
 from segkit.evaluation.evaluate import evaluate
 from segkit.evaluation.score_table import to_table
+from segkit.explain.explain_files import explain_files
 from segkit.geometry.grid import Grid
 from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor
@@ -215,6 +216,19 @@ def test_predictions_have_the_pictures_size_and_its_format_or_one_that_keeps_lab
     assert maps and all(read_volume(one).grid.shape == (17, 13, 1) for one in maps)
     with Image.open(tmp_path / "photo_preview.png") as preview:
         assert preview.height < 480 * 13 / 17 + 60  # one plane, of 480 pixels across
+
+
+@pytest.mark.parametrize(("suffix", "result"), [(".tif", ".tif"), (".bmp", ".png")])
+def test_explained_labels_have_the_format_of_predicted_ones(
+    tmp_path: Path, suffix: str, result: str
+) -> None:
+    path, made = save(tmp_path / f"a{suffix}", RNG.integers(256, size=(8, 8))), model(1)
+    inputs = find_inputs([path], 1, rules=picture_rules_of(made.description))
+    predictor = Predictor(made, device="cpu", engine="torch")
+    (explained,) = explain_files(predictor, inputs, tmp_path / "out")
+    assert explained.written[0].name == f"a_seg{result}"
+    expected = predictor(read_volume(path)).labels
+    assert_array_equal(read_labels(explained.written[0]).data, expected.data)
 
 
 def test_a_model_trained_on_colours_writes_them(tmp_path: Path) -> None:

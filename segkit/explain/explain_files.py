@@ -184,7 +184,7 @@ def explain_files(
             if reference is not None:
                 made["reference"] = checksums([reference.path])
             mark_unfinished(folder / PAGE, targets)
-            written = explanation.write(place, made=made)
+            written = explanation.write(place, made=made, suffix=source.suffix)
         except (SegkitError, OSError) as error:
             left_out.append(failure(source, error))
             incomplete |= isinstance(error, OSError)

@@ -44,12 +44,16 @@ from segkit.io.file_names import safe_name
 from segkit.io.picture_rules import length_in_words
 from segkit.io.pictures import PAGES, PLANES, Panel, write_montage
 from segkit.io.volume import Volume, write_volume
+from segkit.io.volume_names import WRITTEN_PICTURES
 from segkit.provenance import PROVENANCE
 
 TABLE = "measures.csv"
 FIGURES = "measures.json"
 PAGE = "index.html"
-ENDINGS = ("_seg.nii.gz", "_seg.json", "_maps.json", "_seg.png", "_seg.tif")
+ENDINGS = (
+    *("_seg.nii.gz", "_seg.json", "_maps.json"),
+    *(f"_seg{suffix}" for suffix in WRITTEN_PICTURES),
+)
 """Endings of the files whose names begin with the name of the scan."""
 
 
@@ -147,7 +151,11 @@ class Explanation:
         )
 
     def write(
-        self, folder: str | Path, *, made: Mapping[str, Any] | None = None
+        self,
+        folder: str | Path,
+        *,
+        made: Mapping[str, Any] | None = None,
+        suffix: str | None = None,
     ) -> tuple[Path, ...]:
         """Write labels, maps, measures and the page, as `segkit explain` does.
 
@@ -155,6 +163,8 @@ class Explanation:
             folder: the folder to write the files to. It is created if it is missing; existing files
                 are replaced.
             made: provenance (model, inputs, settings) for each JSON file.
+            suffix: suffix of the labels of a picture, such as '.tif'. If None, '.png', or '.tif'
+                for a stack. Labels of other volumes are '.nii.gz'.
 
         Returns:
             The files, the labels first.
@@ -162,8 +172,9 @@ class Explanation:
         folder = Path(folder)
         provenance = {} if made is None else {PROVENANCE: made}
         name = safe_name(self.name)
-        volume, sidecar, _, flat, stack = (folder / f"{name}{ending}" for ending in ENDINGS)
-        labels = flat if self.scan.is_flat else stack if self.scan.picture else volume
+        of_picture = suffix or (".png" if self.scan.is_flat else ".tif")
+        labels = folder / f"{name}_seg{of_picture if self.scan.picture else '.nii.gz'}"
+        sidecar = folder / f"{name}_seg.json"
         write_volume(labels, self.labels)
         numbers = {label: number for number, label in self.label_names.items()}
         write_json(sidecar, {"labels": numbers, **provenance})
