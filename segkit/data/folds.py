@@ -133,8 +133,16 @@ def drawn(dataset: Dataset, data: SplitDatasetConfig) -> Folds:
         parts = distribute(groups, strata_of(dataset, data), [1 / count] * count, random)
         source = f"{count} folds, drawn from {len(groups)} groups"
     held_out = [tuple(names[number] for number in part) for part in parts]
-    train = [tuple(name for name in names if name not in set(part)) for part in held_out]
-    return Folds(tuple(train), tuple(held_out), source)
+    return _held_out_in_turn(names, held_out, source)
+
+
+def _held_out_in_turn(
+    names: Sequence[str], held_out: Sequence[tuple[str, ...]], source: str
+) -> Folds:
+    """Folds that train on all cases except those that they hold out."""
+    parts = map(set, held_out)
+    train = tuple(tuple(name for name in names if name not in part) for part in parts)
+    return Folds(train, tuple(held_out), source)
 
 
 def _read(path: Path) -> list[FoldConfig]:
@@ -221,5 +229,4 @@ def _of_column(dataset: Dataset, data: SplitDatasetConfig, column: str) -> Folds
     if present[0] == 1:
         logger.info("%s: folds 1 to %d become folds 0 to %d", source, present[-1], present[-1] - 1)
     held_out = [tuple(name for name in names if numbers.get(name) == fold) for fold in present]
-    train = [tuple(name for name in names if name not in set(part)) for part in held_out]
-    return Folds(tuple(train), tuple(held_out), source)
+    return _held_out_in_turn(names, held_out, source)
