@@ -53,7 +53,8 @@ class TappedKeys:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         tap = getattr(module, TAP)
         if tap.sink is not None:
-            tap.record(_received(output, tap.cells_of(output.shape[-1])))
+            heads = output.reshape(len(output), -1, *output.shape[-2:])  # one, if it has no axis
+            tap.record(_received(heads, tap.cells_of(output.shape[-1])))
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def record(
       ('name/spatial') or for each channel ('name/channel').
     - `nn.Softmax` of attention, (batch, heads, queries, keys), and `nn.MultiheadAttention`: the map
       is the attention that each key receives from all queries, for each head; 1 is an equal share
-      ('name/received'). `nn.MultiheadAttention` computes its weights a second time while maps are
-      recorded.
+      ('name/received'). Attention (batch, queries, keys) has one head. `nn.MultiheadAttention`
+      computes its weights a second time while maps are recorded.
 
     Args:
         network: any network. Call this before it is compiled.
@@ -241,11 +242,18 @@ def _made(
         and not (seen.followed is not None and not seen.followed.tokens)
     )
     if attention:
-        if len(shape) != 4 or shape[0] != image.shape[0]:
+        if shape[0] != image.shape[0]:
             raise ModelError(
-                f"{name}: expected attention of shape (batch, heads, queries, keys) with a batch "
-                f"of {image.shape[0]}, found {shape}; choose another module, because attention in "
-                "windows, or with its heads in the batch axis, has no known position in the image"
+                f"{name}: expected attention of shape (batch, heads, queries, keys) or (batch, "
+                f"queries, keys) with a batch of {image.shape[0]}, found {shape}; choose another "
+                "module, because attention in windows, or with its heads in the batch axis, has no "
+                "known position in the image"
+            )
+        if len(shape) == 3 and not _one_head(seen):
+            raise ModelError(
+                f"{name}: expected attention (batch, queries, keys) whose queries are the cells of "
+                f"one grid, found {shape}, whose axis 1 has other values, such as channels; choose "
+                "another module"
             )
         placement = placements.get(name, seen.keys.placement if seen.keys is not None else None)
         cells = seen.keys.cells if seen.keys is not None else _cells(placement, image)
@@ -279,6 +287,16 @@ def _made(
     tap = ForeignTap("spatial")
     tap.place(name, _level(placement), placement)
     return tap, TappedOutput()
+
+
+def _one_head(seen: Seen) -> bool:
+    """Whether an output of three axes may be attention: axis 1 has the cells of the queries.
+
+    If nothing in it could be followed, it must have as many queries as keys.
+    """
+    if seen.followed is None:
+        return seen.shape[1] == seen.shape[2]
+    return seen.followed.axes == (1,)
 
 
 def _cells(placement: Placement | None, image: Tensor) -> tuple[int, ...]:

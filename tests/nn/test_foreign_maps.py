@@ -245,6 +245,73 @@ def test_keys_that_are_no_cells_are_refused_although_they_are_as_many(keys: str,
     assert maps[f"0.{name}/received"].shape[2:] == (4, 4)
 
 
+class SingleHead(nn.Module):
+    """Attention of SAGAN: from each cell to the cells of a grid twice as coarse, without heads."""
+
+    def __init__(self, spatial_dims: int) -> None:
+        super().__init__()
+        convolution = (nn.Conv2d, nn.Conv3d)[spatial_dims - 2]
+        pooling = (nn.MaxPool2d, nn.MaxPool3d)[spatial_dims - 2]
+        self.embed = convolution(1, 8, 2, stride=2)
+        self.query, self.out = convolution(8, 4, 1), convolution(8, 2, 1)
+        self.key = nn.Sequential(convolution(8, 4, 1), pooling(2))
+        self.value = nn.Sequential(convolution(8, 8, 1), pooling(2))
+        self.softmax = nn.Softmax(dim=-1)
+        self.over_classes, self.over_space = nn.Softmax(dim=-1), nn.Softmax(dim=-1)
+        self.over_channels = nn.Softmax(dim=-1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        features = self.embed(image)
+        queries = self.query(features).flatten(2).permute(0, 2, 1)
+        weights = self.softmax(torch.bmm(queries, self.key(features).flatten(2)))
+        values = self.value(features).flatten(2) @ weights.permute(0, 2, 1)
+        features = features + values.view(features.shape)
+        flat = features.flatten(2)
+        self.over_channels(flat @ flat.transpose(1, 2))
+        self.over_space(flat)
+        self.over_classes(flat.transpose(1, 2))
+        return self.out(features)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_attention_without_an_axis_of_heads_is_recorded_as_one_head(spatial_dims: int) -> None:
+    torch.manual_seed(0)
+    network = SingleHead(spatial_dims).eval()
+    image = torch.randn(2, 1, *(8, 12, 4)[:spatial_dims])
+    whole = network(image)
+    (info,) = record(network, image, ["softmax"]).values()
+    assert info.key == "softmax/received"
+    assert info.placement == Placement((4,) * spatial_dims, (1.5,) * spatial_dims)
+    with recording(network) as maps:
+        assert torch.equal(network(image), whole)
+    features = network.embed(image)
+    keys, queries = network.key(features), network.query(features).flatten(2)
+    for place in np.ndindex(*keys.shape[2:]):
+        at = keys[(..., *place)]
+        share = sum(
+            torch.exp((query * at).sum(1))
+            / torch.exp((query[..., None] * keys.flatten(2)).sum(1)).sum(1)
+            for query in queries.unbind(2)
+        )
+        expected = share / queries.shape[2] * keys[0, 0].numel()
+        torch.testing.assert_close(maps[info.key][(slice(None), 0, *place)], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("over_space", r"queries are the cells of one grid, found \(2, 8, 16\)"),
+        ("over_classes", r"the positions of its 8 keys"),
+        ("over_channels", r"the positions of its 8 keys"),
+    ],
+)
+def test_three_axes_of_which_the_last_two_are_not_queries_and_keys_are_refused(
+    name: str, reason: str
+) -> None:
+    with pytest.raises(ModelError, match=f"{name}: .*{reason}"):
+        record(SingleHead(2), torch.zeros(2, 1, 8, 8), [name])
+
+
 def test_a_window_of_monais_swin_unetr_that_is_the_whole_grid_is_recorded() -> None:
     network = SwinUNETR(1, 2, feature_size=12, spatial_dims=2, patch_size=2)
     name = "swinViT.layers4.0.blocks.0.attn.softmax"
