@@ -347,6 +347,10 @@ def _interpolated(
             offset -= stride * (ratio.denominator - 1) / (2 * ratio.denominator)
         else:
             offset += stride * (float(ratio) - 1) / 2
+            if mode == "nearest-exact" and ratio.numerator % 2 == 0:
+                # Cell i comes from floor(ratio (i + 1/2)). The floor takes off 1/2 on average, but
+                # less from even numerators: nothing from ratio 2, whose cells are 1, 3, 5, ...
+                offset += stride / (2 * ratio.denominator)
         steps.append(stride * float(ratio))
         offsets.append(offset)
     return _onto(one, result, Placement(tuple(steps), tuple(offsets)))

@@ -54,11 +54,15 @@ def test_a_field_of_coordinates_has_the_values_of_its_placement(name: str) -> No
     assert_allclose(features[0, 0][inside], places[inside], atol=1e-4)
 
 
-@pytest.mark.parametrize(("size", "new"), [(8, 16), (8, 24), (12, 8)])
-def test_nearest_cells_lie_on_average_where_they_come_from(size: int, new: int) -> None:
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+@pytest.mark.parametrize(
+    ("size", "new"),
+    [(8, 16), (8, 24), (12, 8), (8, 4), (16, 4), (9, 3), (8, 12), (12, 9), (12, 30)],
+)
+def test_nearest_cells_lie_on_average_where_they_come_from(size: int, new: int, mode: str) -> None:
     image = torch.arange(size, dtype=torch.float32)[None, None]
     with Follower(image) as follower:
-        features = F.interpolate(image, size=new)
+        features = F.interpolate(image, size=new, mode=mode)
     followed = follower.of(features)
     assert followed is not None
     places = torch.arange(new) * followed.placement.stride[0] + followed.placement.offset[0]
