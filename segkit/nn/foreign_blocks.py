@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 WHOLE_BLOCK = re.compile(r".*transformer(encoder|decoder)?(block|layer)")
 """Classes of whole blocks: attention, perceptron and their shortcuts."""
 ATTENTION = re.compile(
-    r".*(attention|attn)(block|gate|module)?([23]d)?"
+    r".*(attention|attn|att)(block|gate|module)?([23]d)?"
+    r"|.*nonlocal(block|layer|module)?([1-3n]d)?"
+    r"|(s?w|e)?m(hs?|s)a(block|layer|module)?([23]d)?"
     r"|(channel|spatial|residual|concurrent)*s?c?se(block|layer|module)?([23]d)?"
     r"|c?bam(block)?|sablock|e?ca(block|layer|module)|epa|gcblock|lka([23]d)?"
     r"|squeeze(and)?excit(e|ation)(block|layer)?"

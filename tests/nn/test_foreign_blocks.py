@@ -495,3 +495,22 @@ def test_a_gate_whose_skip_is_not_known_is_refused() -> None:
         as_identity(network, ["gate"]),
     ):
         network(FEATURES)
+
+
+def named(*kinds: str) -> nn.Module:
+    """A row of modules whose classes have these names; each weighs its features."""
+    return nn.Sequential(*(type(kind, (SELayer,), {})() for kind in kinds)).eval()
+
+
+def test_non_local_blocks_mhsa_and_coordinate_attention_are_found_by_their_names() -> None:
+    blocks = ("NonLocalBlock", "NONLocalBlock2D", "_NonLocalBlockND", "NonLocal2d", "MHSA", "W_MSA")
+    network = named(*blocks, "EMSA", "MHSABlock", "CoordAtt", "CoordAttBlock", "Attention")
+    found = attention_blocks(network, FEATURES)
+    assert list(found) == [str(number) for number in range(11)]
+    with as_identity(network, found):
+        assert torch.equal(network(FEATURES), FEATURES)
+
+
+def test_names_that_only_look_like_attention_are_not_found() -> None:
+    others = ("NonLocalMeansFilter", "LocalBlock", "ConcatBlock", "Flatten", "Format", "Alpha")
+    assert attention_blocks(named(*others, "Gamma", "RMSNorm", "Attenuation"), FEATURES) == {}
