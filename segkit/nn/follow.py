@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from segkit.geometry.grid import Placement
+from segkit.nn.running import Given, Named, observing
 
 FUSED_ATTENTION = "scaled_dot_product_attention"
 
@@ -585,32 +586,18 @@ def followed_calls(
         The follower, which knows the modules that computed fused attention.
     """
     follower = Follower(image)
-    handles = []
-    for name, module in network.named_modules():
 
-        def enter(_: nn.Module, __: Any, name: str = name) -> None:
-            follower.inside.append(name)
+    def enter(name: str, _: Given, __: Named) -> None:
+        follower.inside.append(name)
 
-        def leave(
-            _: nn.Module,
-            args: tuple[Any, ...],
-            named: dict[str, Any],
-            output: Any,
-            name: str = name,
-        ) -> None:
-            follower.inside.pop()
-            if name in modules:
-                watch(name, args, named, output, follower)
+    def leave(name: str, given: Given, named: Named, output: object) -> None:
+        follower.inside.pop()
+        if name in modules:
+            watch(name, given, named, output, follower)
 
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave, with_kwargs=True))
-    try:
-        with torch.no_grad(), follower:
-            network(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observing(network, enter=enter, leave=leave), torch.no_grad(), follower:
+        network(image)
     return follower
 
 
-Watch = Callable[[str, tuple[Any, ...], dict[str, Any], Any, Follower], None]
+Watch = Callable[[str, Given, Named, Any, Follower], None]

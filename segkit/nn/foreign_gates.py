@@ -291,7 +291,7 @@ def find_joins(network: nn.Module, image: Tensor) -> list[FoundJoin]:
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
 
     def watch(
-        name: str, args: tuple[Any, ...], named: dict[str, Any], output: Any, follower: Follower
+        name: str, args: tuple[Any, ...], named: Mapping[str, Any], output: Any, follower: Follower
     ) -> None:
         join = None
         if is_attention(modules[name]):  # a gate of segkit's, or the network's own
@@ -425,7 +425,7 @@ def _called(
     name: str,
     module: nn.Module,
     args: tuple[Any, ...],
-    named: dict[str, Any],
+    named: Mapping[str, Any],
     output: Any,
     follower: Follower,
     ndim: int,

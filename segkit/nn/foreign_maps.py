@@ -153,7 +153,7 @@ def record(
     seen: dict[str, list[Seen]] = {}
 
     def watch(
-        name: str, args: tuple[Any, ...], named: dict[str, Any], output: Any, follower: Follower
+        name: str, args: tuple[Any, ...], named: Mapping[str, Any], output: Any, follower: Follower
     ) -> None:
         module = known[name]
         if isinstance(module, nn.MultiheadAttention):
