@@ -156,12 +156,16 @@ class Hypothesis:
 
         It is the larger one of two tests: of |ρ|, and of how well the structure is shown.
         """
+        return max((rise_p(values) for values in self.same_tests()), default=1.0)
+
+    def same_tests(self) -> list[Values]:
+        """The values over scans that are above 0 if the map is like untrained networks' maps; none
+        if too few of these networks have such a map."""
         draws = self.draws()
         if draws.size < 2 or _mean_limit(draws, upper=False) < SAME_MAP:
-            return 1.0
-        alike = rise_p([one - SAME_MAP for one in _row_means(self.correlations)])
+            return []
         beside = gains_over_draws(self.evidence, self.structure, self.direction)
-        return max(alike, rise_p(beside.short))
+        return [[one - SAME_MAP for one in _row_means(self.correlations)], beside.short]
 
     def draws(self) -> np.ndarray:
         """|ρ| with each untrained network, as a mean over scans."""

@@ -135,6 +135,7 @@ def _judge_map(found: Sequence[Hypothesis], *, has_references: bool) -> list[Gat
         }
         verdict = _verdict(
             found[chosen],
+            [found[one] for one in both],
             word if has_references else None,
             p_values,
             len(found),
@@ -147,6 +148,7 @@ def _judge_map(found: Sequence[Hypothesis], *, has_references: bool) -> list[Gat
 
 def _verdict(
     of: Hypothesis,
+    both: Sequence[Hypothesis],
     word: VerdictWord | None,
     p_values: Mapping[str, float],
     num_tested: int,
@@ -157,6 +159,7 @@ def _verdict(
 
     Args:
         of: the hypothesis and its evidence.
+        both: the hypotheses of both directions.
         word: the verdict; None without references.
         p_values: the p values, by name.
         num_tested: number of tests for which they were corrected.
@@ -188,14 +191,19 @@ def _verdict(
         "most": float(np.max(draws)) if draws.size else np.nan,
         **{f"p, {name}": p for name, p in p_values.items()},
     }
-    further = further_scans(of, num_tested) if word == "cannot tell" else None
+    further = further_scans(of, both, num_tested) if word == "cannot tell" else None
     figures["further scans"] = further
     verdict = GateVerdict(*of.unit, of.structure, word, of.direction, "", figures)
-    reason = _reason(verdict, of, num_tested, like_untrained=like_untrained)
+    too_few = (
+        word == "cannot tell" and further is None and needs_more_networks(of, both, num_tested)
+    )
+    reason = _reason(verdict, of, like_untrained=like_untrained, too_few_networks=too_few)
     return replace(verdict, reason=reason)
 
 
-def _reason(verdict: GateVerdict, of: Hypothesis, num_tested: int, *, like_untrained: bool) -> str:
+def _reason(
+    verdict: GateVerdict, of: Hypothesis, *, like_untrained: bool, too_few_networks: bool
+) -> str:
     """One sentence: the verdict, the loss of Dice without the channel, and its measures."""
     figures = verdict.figures
     scans = counted(of.cases, "scan")
@@ -231,7 +239,7 @@ def _reason(verdict: GateVerdict, of: Hypothesis, num_tested: int, *, like_untra
         clauses.append("no AUROC, because no cell that counts lies inside, or none outside")
     elif not of.has_mean_map:
         clauses.append("not compared with the mean map of other scans, because there is none")
-    said = _said(verdict, of, num_tested, like_untrained=like_untrained)
+    said = _said(verdict, like_untrained=like_untrained, too_few_networks=too_few_networks)
     return f"Over {scans}, {said}: {'; '.join(clauses) or 'nothing was measured'}."
 
 
@@ -255,7 +263,7 @@ def _rises(lost: float) -> bool:
     return lost < -0.0005
 
 
-def _said(verdict: GateVerdict, of: Hypothesis, num_tested: int, *, like_untrained: bool) -> str:
+def _said(verdict: GateVerdict, *, like_untrained: bool, too_few_networks: bool) -> str:
     match verdict.word:
         case "informative":
             return f"the gate {verdict.claim}, the network needs it, and it was learned"
@@ -281,7 +289,7 @@ def _said(verdict: GateVerdict, of: Hypothesis, num_tested: int, *, like_untrain
     if isinstance(further, int):
         more = counted(further, "more scan")
         return f"the evidence cannot tell; about {more} like these may be enough"
-    if needs_more_networks(of, num_tested):
+    if too_few_networks:
         return (
             "the evidence cannot tell; more untrained networks or fewer channels would be needed, "
             "not more scans"

@@ -19,6 +19,9 @@ from segkit.explain.verdicts.evidence import (
     ChannelEvidence,
 )
 from segkit.explain.verdicts.falls import DICE_MARGIN
+from segkit.explain.verdicts.further_scans import further_scans
+from segkit.explain.verdicts.gains import DIRECTIONS, auroc_pairs, means_of_others
+from segkit.explain.verdicts.hypothesis import Hypothesis
 from segkit.explain.verdicts.rule import GateVerdict, best_of_maps, judge_evidence
 
 KEY = "skip.1/gate"
@@ -117,6 +120,23 @@ def test_more_scans_are_not_promised_if_untrained_networks_are_too_near(count: i
     )
     further = found(3, 1).figures["further scans"]
     assert isinstance(further, int) and found(3 + further, 1).word == "informative"
+
+
+def test_no_scans_are_promised_for_a_verdict_that_the_other_direction_rules_out() -> None:
+    """It lets the structure through (0.95), so that "shuts out" shows no more; it is needed in
+    every second scan. With any number of scans, p for "uninformative" is that of "lets through".
+    """
+    parts = [
+        channel(drop=0.02 * (n % 2) - 0.002, compared={"intensity": 0.7}, seed=n) for n in range(12)
+    ]
+    pairs = auroc_pairs(parts, "a", means_of_others(parts))
+    through, out = both = [
+        Hypothesis((KEY, 0), "a", direction, parts, pairs, FOREGROUND) for direction in DIRECTIONS
+    ]
+    assert through.no_more_p() == 1 and out.no_more_p() < 0.001
+    assert further_scans(out, [out], 1) == 1
+    assert further_scans(out, both, 1) is None
+    assert further_scans(through, both, 1) is None
 
 
 def test_without_a_reference_there_are_figures_and_no_verdict() -> None:
