@@ -1,16 +1,19 @@
 """Laws of the evidence of a scan, on gates whose worth is known."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.planted_gallery import GALLERY
 from benchmarks.verdicts import evidence_of as evidence_on_planted
 from segkit.config.labels import Labelling
 from segkit.errors import ModelError, VolumeError
+from segkit.explain.heads.study import ScoredVolume
 from segkit.explain.measures.measure_maps import measured_structures, name_of_all
 from segkit.explain.measures.ranks import Ranked, spearman
 from segkit.explain.verdicts.comparators import Sides, ThinnedMap, boxed, mean_maps
@@ -33,10 +36,12 @@ from segkit.model.folder import Model
 from tests.planted import KEY, Kind, Planted, moved_case, planted, untrained_planted
 
 
-def evidence_of(
-    predictor: Predictor, seed: int, earlier: list[CaseEvidence] | None = None
+def evidence_in(
+    predictor: Predictor,
+    case: ScoredVolume,
+    untrained: Callable[[int], nn.Module] = untrained_planted,
+    **given: Any,
 ) -> CaseEvidence:
-    case = moved_case(seed)
     prediction = predictor(case.volume, maps=True)
     return gather_evidence(
         predictor,
@@ -45,9 +50,15 @@ def evidence_of(
         prediction.maps,
         labels=prediction.labels,
         case=case.name,
-        earlier=earlier or [],
-        untrained=untrained_planted,
+        untrained=untrained,
+        **given,
     )
+
+
+def evidence_of(
+    predictor: Predictor, seed: int, earlier: Sequence[CaseEvidence] = ()
+) -> CaseEvidence:
+    return evidence_in(predictor, moved_case(seed), earlier=earlier)
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +123,9 @@ def test_a_gate_is_not_like_the_constant_gates_of_untrained_networks() -> None:
     """As hard gates are, which begin fully open."""
 
     def evidence(kind: Kind) -> ChannelEvidence:
-        case, predictor = moved_case(0), planted(kind)
-        prediction = predictor(case.volume, maps=True)
-        found = gather_evidence(
-            predictor,
-            case.volume,
-            case.reference,
-            prediction.maps,
-            labels=prediction.labels,
-            case=case.name,
-            untrained=lambda seed: Planted("constant").eval(),
+        return channel_of(
+            evidence_in(planted(kind), moved_case(0), lambda _: Planted("constant").eval())
         )
-        return channel_of(found)
 
     mask = evidence("mask")
     assert mask.correlations == (0.0,) * 8
@@ -138,16 +140,7 @@ def test_constant_air_does_not_count_in_the_correlation_with_untrained_networks(
     x, y, _ = np.indices((8, 8, 8))
     air = (np.abs(x - 3.5) > 1) & (np.abs(y - 3.5) > 1)
     volume = case.volume.like(np.where(air[..., None], 0, case.volume.data + 3).astype(np.float32))
-    prediction = predictor(volume, maps=True)
-    found = gather_evidence(
-        predictor,
-        volume,
-        case.reference,
-        prediction.maps,
-        labels=prediction.labels,
-        case="x",
-        untrained=untrained_planted,
-    )
+    found = evidence_in(predictor, replace(case, volume=volume))
     untrained = Predictor(
         Model(predictor.model.description, untrained_planted(0)), device="cpu", engine="torch"
     )
@@ -185,17 +178,7 @@ def test_dice_falls_only_if_both_of_two_substitute_gates_are_removed() -> None:
         network.__class__ = Pair
         return network
 
-    case = moved_case(0)
-    prediction = predictor(case.volume, maps=True)
-    found = gather_evidence(
-        predictor,
-        case.volume,
-        case.reference,
-        prediction.maps,
-        labels=prediction.labels,
-        case="x",
-        untrained=untrained,
-    )
+    found = evidence_in(predictor, moved_case(0), untrained)
     for channel, auroc in ((0, 1.0), (1, 0.0)):
         one = channel_of(found, channel)
         assert one.drops == {"label 1": (0.0, 1.0)}
@@ -218,18 +201,7 @@ def test_arguments_that_would_be_ignored_are_refused() -> None:
 
 
 def test_an_unlabelled_structure_has_no_deletion_curves() -> None:
-    predictor, case = planted("mask"), moved_case(0)
-    prediction = predictor(case.volume, maps=True)
-    found = gather_evidence(
-        predictor,
-        case.volume,
-        case.reference,
-        prediction.maps,
-        labels=prediction.labels,
-        case="x",
-        untrained=untrained_planted,
-        unlabelled=["label 1"],
-    )
+    found = evidence_in(planted("mask"), moved_case(0), unlabelled=["label 1"])
     assert channel_of(found).areas("label 1") == {} == channel_of(found).drops
 
 
