@@ -89,9 +89,14 @@ GROUPS: dict[str, dict[str, list[str]]] = {
                 ("skip", "u_transformer"),
                 ("encoder", "se"),
                 ("encoder", "scse"),
+                ("encoder", "cbam"),
+                ("encoder", "bam"),
+                ("encoder", "spatial"),
+                ("encoder", "gc"),
                 ("encoder", "lka"),
                 ("encoder", "epa"),
                 ("bottleneck", "self_attention"),
+                ("bottleneck", "additive_self"),
                 ("bottleneck", "transformer"),
                 ("bottleneck", "{kind: self_attention, window: [4, 4, 4], shift: true}"),  # 3D
                 ("bottleneck", "{kind: self_attention, window: [4, 4], shift: true}"),  # 2D

@@ -33,7 +33,7 @@ def agrees(form: str, spatial_dims: int, attention: dict[str, Any], folder: Path
 
 
 @pytest.mark.parametrize("family", ["self-attention", "planes with presence"])
-@pytest.mark.parametrize("form", [*GRAPHS])
+@pytest.mark.parametrize("form", ["onnx", "pt2", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_a_batch_may_have_any_length(form: str, family: str, tmp_path: Path) -> None:
     agrees(form, *FAST[family], tmp_path)
 

@@ -55,7 +55,7 @@ def scan_and_labels(data: Path, number: int = 0) -> tuple[Volume, Volume]:
     [
         ("onnx", "float16", "a.onnx"),
         ("onnx", "int8", "a.onnx"),
-        ("openvino", "float16", "a.xml"),
+        pytest.param("openvino", "float16", "a.xml", marks=pytest.mark.slow),
     ],
 )
 def test_a_lower_precision_is_checked_on_a_scan_beside_float32(
@@ -206,7 +206,7 @@ def test_a_network_that_finds_nothing_does_not_hold(flat: Model) -> None:
     [
         ("onnx", "float16", "a.onnx"),
         ("onnx", "int8", "a.onnx"),
-        ("openvino", "float16", "a.xml"),
+        pytest.param("openvino", "float16", "a.xml", marks=pytest.mark.slow),
     ],
 )
 def test_a_2d_network_is_checked_on_a_scan_of_few_slices(

@@ -48,7 +48,9 @@ STAGES = ["layers1.0.blocks.0", "layers1.0.blocks.1"] + [f"layers{n}.0.blocks.0"
     ("build", "expected"),
     [
         (attention_unet, GATES),
-        pytest.param(unetr, [f"vit.blocks.{n}" for n in range(12)], marks=needs_einops),
+        pytest.param(
+            unetr, [f"vit.blocks.{n}" for n in range(12)], marks=[needs_einops, pytest.mark.slow]
+        ),
         pytest.param(swin, [f"swinViT.{name}" for name in STAGES], marks=needs_einops),
     ],
 )

@@ -241,6 +241,8 @@ def test_a_run_may_hold_out_no_case(dataset: Path, tmp_path: Path) -> None:
 def test_every_config_trains_for_one_step(path: Path, dataset: Path, tmp_path: Path) -> None:
     tree = yaml.safe_load(path.read_text())
     assert tree["name"] == path.stem
+    own_heads = path.stem == "self_attention_unet_3d"
+    narrow = ["network.attention.bottleneck.head_channels=8"] * own_heads
     config = load_config(
         path,
         [
@@ -248,6 +250,8 @@ def test_every_config_trains_for_one_step(path: Path, dataset: Path, tmp_path: P
             "data.batch_size=2",
             "train.steps=1",
             "trainer.accelerator=cpu",
+            "network.channels=[4, 8, 16, 32]",
+            *narrow,
         ],
     )
     run = train(config, runs=tmp_path)

@@ -68,8 +68,17 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Graph]]:
         yield made
 
 
-@pytest.mark.parametrize("averaging", [None, 0.9])
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize(
+    ("optimiser", "averaging"),
+    [
+        ("adamw", 0.9),
+        ("muon", None),
+        pytest.param("adamw", None, marks=pytest.mark.slow),
+        pytest.param("muon", 0.9, marks=pytest.mark.slow),
+        pytest.param("sgd", None, marks=pytest.mark.slow),
+        pytest.param("sgd", 0.9, marks=pytest.mark.slow),
+    ],
+)
 def test_recorded_steps_train_as_steps_do_also_after_a_validation(
     optimiser: str, averaging: float | None, graphs: list[Graph], tmp_path: Path
 ) -> None:
