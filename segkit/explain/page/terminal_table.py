@@ -34,11 +34,16 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
         box=SIMPLE_HEAD,
     )
     for column in ("map", "verdict", "structure"):
-        table.add_column(column, no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
-    for verdict in verdicts:
-        cells = [_text(verdict.numbers.get(name), how) for name, how in COLUMNS.values()]
+        table.add_column(column, overflow="fold")
+    numbers = {
+        column: [_text(verdict.numbers.get(name), how) for verdict in verdicts]
+        for column, (name, how) in COLUMNS.items()
+    }
+    for column, cells in numbers.items():
+        # In a narrow terminal the words are folded, and no number is cut off.
+        width = max(len(text) for text in (column, *cells))
+        table.add_column(column, justify="right", no_wrap=True, min_width=width)
+    for verdict, *cells in zip(verdicts, *numbers.values(), strict=True):
         table.add_row(verdict.map, verdict.verdict, str(verdict.numbers["structure"]), *cells)
     return table
 
@@ -49,6 +54,9 @@ def plain_table(table: display.Table) -> Table:
     numeric = [not isinstance(cell, str) for cell in table.rows[0]]
     for column, right in zip(table.columns, numeric, strict=True):
         justify: Literal["left", "right"] = "right" if right else "left"
+        if not right:
+            shown.add_column(column, justify=justify, overflow="fold")
+            continue
         width = max(len(_cell(row[len(shown.columns)])) for row in table.rows)
         shown.add_column(column, justify=justify, no_wrap=True, min_width=width)
     for row in table.rows:
