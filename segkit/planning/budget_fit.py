@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from segkit.errors import counted
 from segkit.planning import nnunet_rules as rules
 from segkit.planning.nnunet_rules import Lengths, Setting, Topology
+
+MOST_ELONGATED = 2.0
+"""If time is short, a patch is first shortened along an axis that is more than so many times as
+long, in mm, as all other axes."""
 
 
 class Fit(NamedTuple):
@@ -82,6 +86,18 @@ def fit_memory(setting: Setting, gigabytes: float) -> Fit:
     return Fit(candidate, channels, batch, reasons)
 
 
+def _without_tubes(setting: Setting) -> Setting:
+    """The setting, with a median image that is at most twice as long (in mm) as along other axes.
+
+    A patch is shortened along the axis that is longest in relation to the median image. In a tube,
+    such as a spinal cord of 1000x40x40 voxels, it would become a thread of 176x8x8 voxels.
+    """
+    lengths = [s * n for s, n in zip(setting.spacing, setting.median, strict=True)]
+    longest = MOST_ELONGATED * sorted(lengths)[-2]
+    median = (min(n, longest / s) for s, n in zip(setting.spacing, setting.median, strict=True))
+    return replace(setting, median=tuple(median))
+
+
 def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> Fit:
     """The fit for a total number of multiply-adds.
 
@@ -115,7 +131,7 @@ def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> 
         channels = narrowed(chosen, width)
         if batch * cost(chosen, channels) <= total / steps.for_width:
             break
-    for chosen in rules.shrinking(setting, start.topology):
+    for chosen in rules.shrinking(_without_tubes(setting), start.topology):
         channels = narrowed(chosen, channels[0])
         if batch * cost(chosen, channels) <= total / steps.for_patch:
             break

@@ -414,6 +414,30 @@ def test_the_width_is_reduced_before_the_patch() -> None:
     assert planned(99 * of(8)) == (8, (32, 56, 40))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_if_time_is_short_a_patch_of_a_tube_is_made_shorter_before_it_is_made_narrower(
+    axis: int,
+) -> None:
+    shape = [40, 40, 40]
+    shape[axis] = 1000
+    tube = alike((shape[0], shape[1], shape[2]), (1.0, 1.0, 1.0), 20)
+    sizes = set()
+    for minutes in np.geomspace(0.1, 100, 30).tolist():
+        plan = plan_for_time(
+            tube,
+            spatial_dims=3,
+            minutes=minutes,
+            steps=Steps(10_000, 4000, 1200),
+            multiply_adds_per_second=2e10,
+        )
+        length = plan.patch_size[axis]
+        others = [size for each, size in enumerate(plan.patch_size) if each != axis]
+        sizes.add((length, *others))
+        # 16 voxels may come from padding to a multiple of the strides.
+        assert length <= 2 * max(others) + 16 or others == [40, 40]
+    assert len(sizes) > 6 and (256, 40, 40) in sizes and (128, 40, 40) in sizes
+
+
 def test_the_smallest_plan_of_all_says_that_it_takes_longer() -> None:
     plan = in_time(1e-6)
     assert (plan.channels[0], plan.batch_size) == (8, 2)
