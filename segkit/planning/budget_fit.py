@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from segkit.errors import counted
 from segkit.planning import nnunet_rules as rules
 from segkit.planning.nnunet_rules import Lengths, Setting, Topology
+
+MOST_ELONGATED = 2.0
+"""If time is short, a patch is first shortened along an axis that is more than so many times as
+long, in mm, as all other axes."""
 
 
 class Fit(NamedTuple):
@@ -51,7 +55,8 @@ def fit_memory(setting: Setting, gigabytes: float) -> Fit:
     num_axes = len(setting.spacing)
     scale = gigabytes / rules.REFERENCE_GIGABYTES
     budget = rules.REFERENCE_ACTIVATIONS[num_axes] * rules.REFERENCE_BATCH[num_axes] * scale
-    first = rules.topology(setting.spacing, rules.initial_patch(setting.spacing, setting.median))
+    initial = rules.initial_patch(setting.spacing, setting.median)
+    first = rules.topology(setting.spacing, initial)
     for candidate in rules.shrinking(setting, first):
         channels = rules.widths(len(candidate.kernels), spatial_dims=num_axes)
         cost = rules.activations(
@@ -65,12 +70,18 @@ def fit_memory(setting: Setting, gigabytes: float) -> Fit:
     patch = candidate.patch_size
     covered = setting.dataset_voxels * rules.LARGEST_SHARE / math.prod(patch)
     verb = "hold" if cost * rules.SMALLEST_BATCH <= budget else "should hold only"
-    shrunk = "" if candidate == first else f", reduced from {per_axis(first.patch_size)}"
+    cut = "" if initial == setting.median else f", cut to {per_axis(initial)}"
+    is_small = any(
+        size >= n + d for size, n, d in zip(first.patch_size, initial, first.divisor, strict=True)
+    )
+    shrunk = ", raised to a size that a network can halve" if is_small else ""
+    if candidate != first:
+        shrunk += f", reduced from {per_axis(first.patch_size)}"
     reasons = {
-        "patch_size": f"The median image is {per_axis(setting.median)}, padded to multiples of "
-        f"{per_axis(candidate.divisor)}{shrunk}: {rules.SMALLEST_BATCH} patches have "
-        f"{rules.SMALLEST_BATCH * cost / 1e6:.4g} million activations, and {gigabytes:g} GB {verb} "
-        f"{budget / 1e6:.4g} million.",
+        "patch_size": f"The median image is {per_axis(setting.median)}{cut}, padded to multiples "
+        f"of {per_axis(candidate.divisor)}{shrunk}: with {channels[0]} channels, "
+        f"{rules.SMALLEST_BATCH} patches have {rules.SMALLEST_BATCH * cost / 1e6:.4g} million "
+        f"activations, and {gigabytes:g} GB {verb} {budget / 1e6:.4g} million.",
         "batch_size": f"{gigabytes:g} GB hold {_count(budget / cost)} patches. A batch has at most "
         f"5 % of the dataset's voxels ({_count(covered)} patches), but at least "
         f"{rules.SMALLEST_BATCH} patches.",
@@ -80,6 +91,18 @@ def fit_memory(setting: Setting, gigabytes: float) -> Fit:
     }
     batch = rules.largest_batch(budget, cost, patch, setting.dataset_voxels)
     return Fit(candidate, channels, batch, reasons)
+
+
+def _without_tubes(setting: Setting) -> Setting:
+    """The setting, with a median image that is at most twice as long (in mm) as along other axes.
+
+    A patch is shortened along the axis that is longest in relation to the median image. In a tube,
+    such as a spinal cord of 1000x40x40 voxels, it would become a thread of 176x8x8 voxels.
+    """
+    lengths = [s * n for s, n in zip(setting.spacing, setting.median, strict=True)]
+    longest = MOST_ELONGATED * sorted(lengths)[-2]
+    median = (min(n, longest / s) for s, n in zip(setting.spacing, setting.median, strict=True))
+    return replace(setting, median=tuple(median))
 
 
 def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> Fit:
@@ -115,7 +138,7 @@ def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> 
         channels = narrowed(chosen, width)
         if batch * cost(chosen, channels) <= total / steps.for_width:
             break
-    for chosen in rules.shrinking(setting, start.topology):
+    for chosen in rules.shrinking(_without_tubes(setting), start.topology):
         channels = narrowed(chosen, channels[0])
         if batch * cost(chosen, channels) <= total / steps.for_patch:
             break
@@ -135,5 +158,7 @@ def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> 
         )
     if chosen != start.topology:
         whole = per_axis(start.topology.patch_size)
+        if batch == start.batch_size:
+            reasons["batch_size"] = f"For patches of {whole}: {reasons['batch_size']}"
         reasons["patch_size"] = f"Reduced from {whole} to {patch}, for more steps: {budget}."
     return Fit(chosen, channels, batch, {**reasons, "time": f"With this patch, {budget}."})

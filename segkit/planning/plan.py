@@ -155,7 +155,7 @@ def flat_axis(numbers: Numbers) -> int | None:
             f"expected slices or volumes, found cases of one voxel along {axes}, which segkit "
             "cannot segment; use images of two or three dimensions"
         )
-    spacing, shape = _median_image(numbers)
+    spacing, shape = median_image(numbers)
     if min(shape) >= 2:
         return None
 
@@ -165,7 +165,7 @@ def flat_axis(numbers: Numbers) -> int | None:
     return min(range(3), key=thinness)
 
 
-def _median_image(
+def median_image(
     numbers: Numbers,
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """The target spacing of all cases, and the shape of the median image at this spacing."""
@@ -179,12 +179,12 @@ def axis_of_slices(numbers: Numbers) -> int:
     It is the axis along which the median image has less than 2 voxels, or else the coarsest.
     """
     flat = flat_axis(numbers)
-    return rules.coarsest_axis(_median_image(numbers)[0]) if flat is None else flat
+    return rules.coarsest_axis(median_image(numbers)[0]) if flat is None else flat
 
 
 def _target(numbers: Numbers, spatial_dims: int) -> tuple[tuple[float, float, float], Setting]:
     """The target spacing of all cases, and the setting to which patch and network are fitted."""
-    spacing, shape = _median_image(numbers)
+    spacing, shape = median_image(numbers)
     left_out = axis_of_slices(numbers) if spatial_dims == 2 else None
     axes = [axis for axis in range(3) if axis != left_out]
     return spacing, Setting(
@@ -262,7 +262,7 @@ def _why_slices(numbers: Numbers, spacing: tuple[float, float, float]) -> str:
 def _flatness(numbers: Numbers, axis: int) -> str:
     """The number of voxels along the axis of slices, as part of a sentence."""
     if axis not in flat_axes(numbers.shapes):
-        length = _median_image(numbers)[1][axis]
+        length = median_image(numbers)[1][axis]
         return f"a median of {counted(length, 'voxel', form='.3g')} along {'xyz'[axis]}"
     # A volume may be 0 outside one slice; its file has more voxels.
     cropped = any(share < 1 for share in numbers.box_shares)

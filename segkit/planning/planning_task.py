@@ -20,6 +20,7 @@ from segkit.planning.plan import (
     Plan,
     coarse_plan_for_time,
     flat_axis,
+    median_image,
     plan_for_memory,
     plan_for_time,
 )
@@ -185,7 +186,7 @@ def _in_slices_if_time_is_short(task: PlanningTask) -> PlanningTask:
     """The task in 2D, if time leaves at most half of the 3D patch that fits 8 GB or less memory.
 
     If it is the memory that keeps a patch small, the task stays in 3D, because nnU-Net trains two
-    stages then.
+    stages then. It also stays in 3D if the patch is a piece of a tube that is as wide as the tube.
     """
     if not task.timed or task.spatial_dims == 2:
         return task
@@ -195,7 +196,10 @@ def _in_slices_if_time_is_short(task: PlanningTask) -> PlanningTask:
     gigabytes = min(task.gigabytes, DEFAULT_MEMORY / 1e9)
     roomy = plan_for_memory(numbers, spatial_dims=3, gigabytes=gigabytes)
     patch, possible = math.prod(plan.patch_size), math.prod(roomy.patch_size)
-    if 2 * patch > possible:
+    whole_axes = sum(
+        size >= n for size, n in zip(plan.patch_size, median_image(numbers)[1], strict=True)
+    )
+    if 2 * patch > possible or whole_axes >= 2:
         return task
     why = (
         f" Slices, as {counted(task.minutes, 'minute')} leave a 3D patch of "

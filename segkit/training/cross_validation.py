@@ -28,7 +28,6 @@ from segkit.data.preprocess import median_spacing
 from segkit.data.split import nth_of
 from segkit.errors import ConfigError, SegkitError
 from segkit.io.atomic import write_json
-from segkit.io.safe_text import read_json_object
 from segkit.model.file_names import CONFIG, FOLD, FOLDS, SPLIT, SUMMARY
 from segkit.model.folder import adopt, load_description
 from segkit.system.progress import Track, untracked
@@ -41,7 +40,7 @@ from segkit.training.parts import refuse_replaced
 from segkit.training.pooled_scores import pool_folds
 from segkit.training.resolve import with_absolute_paths
 from segkit.training.resume import resume
-from segkit.training.run_folder import lock_if_free, locked_folder, new_run_folder
+from segkit.training.run_folder import lock_if_free, locked_folder, new_run_folder, read_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +292,7 @@ def _go_on(
 
 def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
     """Pool the finished folds of a folder. Their models get the selected post-processing."""
-    summaries = {fold: _read(_fold(folder, fold) / SUMMARY) for fold in folds}
+    summaries = {fold: read_of_run(_fold(folder, fold) / SUMMARY) for fold in folds}
     models = [_fold(folder, fold) / "model" for fold in folds]
     summary = pool_folds(folder.name, summaries)
     labels = load_description(models[0]).labels
@@ -309,7 +308,7 @@ def write_pooled(folder: Path, folds: Sequence[int]) -> CrossValidation:
 
 def _record_of(folder: Path) -> Record:
     """The record that a cross-validation continues from. Raises ConfigError if it is unreadable."""
-    return validated(Record, _read(folder / FOLDS), str(folder / FOLDS))
+    return validated(Record, read_of_run(folder / FOLDS), str(folder / FOLDS))
 
 
 def _as_begun(folder: Path, record: Record) -> Dataset | None:
@@ -353,10 +352,3 @@ def _lock_of(folder: Path, fold: int) -> Path:
 
 def _fold(folder: Path, fold: int) -> Path:
     return folder / f"{FOLD}{fold}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}; repair it") from None

@@ -32,9 +32,6 @@ from segkit.training.time_budget import TimeBudget
 
 logger = logging.getLogger(__name__)
 
-LONG_SCORING = 60.0
-"""If a timed run's final scores would take so many seconds in PyTorch, another engine is faster."""
-
 
 def score(
     model: Model,
@@ -157,7 +154,7 @@ def scored_model(model: Model, folder: Path, budget: TimeBudget | None) -> Model
     scores take longer than two such conversions. A run with a fixed number of steps never does, so
     that its scores are the same bit for bit everywhere.
     """
-    if budget is None or budget.held_out * budget.per_case < LONG_SCORING:
+    if budget is None or not budget.scores_are_long:
         return model
     return replace(model, folder=folder)
 

@@ -63,6 +63,11 @@ def set_last_step(trainer: L.Trainer, steps: int) -> None:
     trainer.fit_loop.epoch_loop.max_steps = steps
 
 
+def skip_validation(trainer: L.Trainer) -> None:
+    """Leave out the validation that follows the running step, the last of an epoch."""
+    trainer.fit_loop.epoch_loop._skip_next_val = True
+
+
 def validation_is_interrupted(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint was written in the middle of a validation."""
     counts = checkpoint["loops"]["fit_loop"][_VALIDATION]["current"]

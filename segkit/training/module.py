@@ -254,6 +254,10 @@ class SegmentationModule(L.LightningModule):
         """Check the last losses before a checkpoint is written."""
         self.losses.check(wait=True)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the last losses, so that no checkpoint has weights that are NaN."""
+        self.losses.check(wait=True)
+
     def on_train_epoch_end(self) -> None:
         """Check the last losses, in case there is no validation."""
         self.losses.check(wait=True)

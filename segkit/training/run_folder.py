@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from segkit.errors import ConfigError
 from segkit.io.atomic import whole
-from segkit.io.safe_text import read_text
+from segkit.io.safe_text import read_json_object, read_text
 from segkit.model.checkpoint import UNREADABLE
 from segkit.model.file_names import CONFIG
 from segkit.system.signals import advice_on_stop
@@ -79,6 +79,14 @@ def existing_run(folder: Path) -> Path:
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: expected a run with {CONFIG}, found none; check the path")
     return folder
+
+
+def read_of_run(path: Path) -> dict[str, Any]:
+    """The content of a JSON file of a run. Raises ConfigError if it cannot be read."""
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}; repair it") from None
 
 
 @contextmanager

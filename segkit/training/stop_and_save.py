@@ -1,4 +1,6 @@
-"""A training that is asked to stop saves a checkpoint at the next step and ends.
+"""A training saves a checkpoint at least every ten minutes, and when it is asked to stop.
+
+A training that is asked to stop saves a checkpoint at the next step and ends:
 
     steps        1   2   3   4   5 ─validation─ 6   7   8  …
     asked at           ╷ after 2            ╷ in it     ╷ after 7
@@ -9,6 +11,7 @@ cases of an interrupted validation as done. Both counts are corrected, so that a
 nothing and repeats no step. A validation starts again, because only its end has a result.
 """
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -26,9 +29,15 @@ from segkit.training.lightning_private import (
     validation_is_interrupted,
 )
 
+MOST_SECONDS = 600.0
+"""Longest time in seconds between two checkpoints, except for the length of a step."""
+
 
 class StopAndSave(Callback):
     """A callback that saves the training on Ctrl-C or SIGTERM, and raises Stopped.
+
+    It also saves between two steps if the last checkpoint is ten minutes old, because on a machine
+    that is far slower than planned, hours may lie between two validations.
 
     A step is finished first; a validation is interrupted. After a second signal, the training ends
     at once and saves nothing. If there are several processes, all stop at the same step, as soon as
@@ -40,6 +49,7 @@ class StopAndSave(Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.saved_at = time.monotonic()
         self.asked: int | None = None
         self.in_validation = False
         self.give_up = False
@@ -50,14 +60,21 @@ class StopAndSave(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Install the signal handlers. This comes after Lightning has installed its own."""
+        self.saved_at = time.monotonic()
         self.handlers.enter_context(handling_signals(self._ask))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop between two steps, if asked to; a step may have several batches."""
+        """Between two steps, stop if asked to, and save if the last checkpoint is old.
+
+        A step may have several batches.
+        """
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._stop_if_asked(trainer)
+            is_old = time.monotonic() - self.saved_at >= MOST_SECONDS
+            if self._is_true_anywhere(trainer, is_old):
+                self._save(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset Lightning's counts of an interrupted validation."""
@@ -98,7 +115,7 @@ class StopAndSave(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Remember the step, and correct the counts if this is not the end of an epoch."""
-        self.saved = trainer.global_step
+        self.saved, self.saved_at = trainer.global_step, time.monotonic()
         if self.saving:
             correct_counts(checkpoint, validating=trainer.validating)
 
@@ -130,10 +147,9 @@ class StopAndSave(Callback):
         """Save a checkpoint, if the training was asked to stop and no step is half done."""
         self.in_validation = False
         due = self.saved != trainer.global_step and not self.give_up
-        if isinstance(exception, Stopped) and due:
-            self.saving = True
-            trainer.save_checkpoint(self.path)
-        self.handlers.close()
+        with self.handlers:
+            if isinstance(exception, Stopped) and due:
+                self._save(trainer)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         if self.in_validation or self.asked is not None:
@@ -141,9 +157,17 @@ class StopAndSave(Callback):
             raise Stopped(signum)
         self.asked = signum
 
+    def _save(self, trainer: L.Trainer) -> None:
+        self.saving = True
+        trainer.save_checkpoint(self.path)
+        self.saving = False
+
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        asked = self.asked is not None
-        if trainer.world_size > 1:
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if asked:
+        if self._is_true_anywhere(trainer, self.asked is not None):
             raise Stopped(self.asked or 15)
+
+    def _is_true_anywhere(self, trainer: L.Trainer, decision: bool) -> bool:
+        """Whether this decision is true in this process, or in any other that trains with it."""
+        if trainer.world_size == 1:
+            return decision
+        return bool(trainer.strategy.reduce_boolean_decision(decision, all=False))

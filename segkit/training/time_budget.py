@@ -32,12 +32,16 @@ from segkit.data.prepared_cache import StoredCase
 from segkit.errors import counted
 from segkit.inference.window_seconds import num_windows, seconds_of_window, seconds_to_score
 from segkit.system.core_share import FREE, CoreShare
-from segkit.training.lightning_private import set_last_step
+from segkit.training.lightning_private import set_last_step, skip_validation
 
 logger = logging.getLogger(__name__)
 
+LONG_SCORING = 60.0
+"""If a timed run's final scores would take so many seconds in PyTorch, another engine is faster."""
 SECONDS_TO_CONVERT = 5.0
 """Approximate time that the fastest engine needs before it can score the first case."""
+SECONDS_TO_SAVE = 1.0
+"""Approximate time between the last step and the first case that PyTorch scores."""
 UNLIMITED = 2**31 - 1
 SLOWER, FASTER = 0.8, 1.5
 """A run differs from its plan if it will do less than the first, or more than the second, of these
@@ -73,6 +77,8 @@ class TimeBudget:
         self.prepared = self.before
         self.trained = self.share = self.per_case = 0.0
         self.steps = self.advanced = 0
+        self.validated_at = 0
+        """The step of the last validation, or of the last that was skipped."""
 
     @property
     def elapsed(self) -> float:
@@ -87,17 +93,51 @@ class TimeBudget:
     @property
     def for_scoring(self) -> float:
         """Seconds that are reserved for the final scores."""
-        return seconds_to_score(self.seconds, self.held_out, self.per_case, SECONDS_TO_CONVERT)
+        before = SECONDS_TO_CONVERT if self.scores_are_long else SECONDS_TO_SAVE
+        return seconds_to_score(self.seconds, self.held_out, self.per_case, before)
+
+    @property
+    def scores_are_long(self) -> bool:
+        """Whether the final scores take so long that the fastest engine pays."""
+        return self.held_out * self.per_case >= LONG_SCORING
+
+    @property
+    def rest(self) -> float:
+        """Seconds that are left for steps and validations."""
+        return max(self.seconds - self.elapsed - self.for_scoring, 0.0)
+
+    @property
+    def validation(self) -> float:
+        """Seconds of a validation."""
+        return self.validated * self.per_case
 
     @property
     def left(self) -> float:
-        """Seconds that are left for steps."""
-        rest = max(self.seconds - self.elapsed - self.for_scoring, 0.0)
-        cycle = self.validate_every * self.per_step
-        validation = self.validated * self.per_case
-        if validation and rest < cycle:  # there will be no other validation
+        """Seconds that are left for steps.
+
+        Validations take place as long as they fit into the rest:
+
+            rest      0 ── to_next ── validation ── cycle ── validation ── … ── all of it
+        """
+        rest, validation = self.rest, self.validation
+        if not validation or not self.per_step:
             return rest
-        return rest * cycle / (cycle + validation) if cycle else rest
+        cycle = self.validate_every * self.per_step
+        done = self.steps % self.validate_every
+        to_next = 0.0 if self.is_due else cycle - done * self.per_step
+        after = rest - to_next - validation
+        count = 0 if after < 0 else 1 + after // (cycle + validation)
+        return rest - count * validation
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a validation follows this step, as long as it has not taken place."""
+        return self.steps % self.validate_every == 0 and self.steps > self.validated_at
+
+    @property
+    def skips_validation(self) -> bool:
+        """Whether a validation follows this step, but does not fit into the time."""
+        return self.is_due and self.rest < self.validation
 
     @property
     def expected_steps(self) -> int:
@@ -148,6 +188,7 @@ class TimeBudget:
         self.trained, self.share = float(state["trained"]), float(state["share"])
         self.per_case = float(state["per_case"])
         self.steps, self.advanced = int(state["steps"]), int(state["advanced"])
+        self.validated_at = self.steps
 
 
 class Deadline(Callback):
@@ -198,15 +239,23 @@ class Deadline(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """End the training if the time is over. All processes follow the first one."""
+        """End the training if the time is over, and skip a validation that takes longer than that.
+
+        All processes follow the first one.
+        """
         budget, step = self.budget, trainer.global_step
         if step == self.seen:  # a step may be made of several batches
             return
         self.seen = step
         rest = 0 if budget.finished else max(budget.expected_steps - budget.steps, 1)
+        skips = budget.skips_validation
         if trainer.world_size > 1:
-            rest = trainer.strategy.broadcast(rest)
+            rest, skips = trainer.strategy.broadcast((rest, skips))
         set_last_step(trainer, step + rest)
+        if skips:
+            logger.info("no validation after step %d: it takes longer than the time left", step)
+            skip_validation(trainer)
+            budget.validated_at = budget.steps
         known = budget.share >= KNOWN_AFTER and budget.steps >= FEWEST_KNOWN
         if known and not self.pace_known and trainer.is_global_zero:
             self.pace_known = True
@@ -223,6 +272,7 @@ class Deadline(Callback):
         """Update the time of a case, which estimates later validations and the final scores."""
         seconds = self.budget.clock() - self.validation_started
         self.budget.per_case = seconds / max(self.budget.validated, 1)
+        self.budget.validated_at = self.budget.steps
         self.budget.resume_clock()
 
 

@@ -6,8 +6,9 @@ runs/NAME_low/second_stage.yaml   the config of the second stage, beside the fil
 runs/NAME/                        the second stage, which receives the labels of NAME_low
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
@@ -20,7 +21,7 @@ from segkit.training.fit import Run, fit_with_files, train
 from segkit.training.parts import prepare
 from segkit.training.resolve import with_absolute_paths
 from segkit.training.resume import resume
-from segkit.training.run_folder import SECOND_STAGE
+from segkit.training.run_folder import SECOND_STAGE, read_of_run
 
 
 def train_two_stages(
@@ -34,6 +35,9 @@ def train_two_stages(
     spent: float = 0.0,
 ) -> Run:
     """Train a first stage, then a second stage that receives its labels.
+
+    If the first stage took longer than its `train.minutes`, the second has less time, so that both
+    end within their minutes together.
 
     Args:
         low: the config of the first stage.
@@ -53,8 +57,22 @@ def train_two_stages(
     first = train_first(low, full, runs=runs, callbacks=callbacks, track=track, spent=spent)
     tell(first)
     return train(
-        second_stage_config(full, first.folder), runs=runs, callbacks=callbacks, track=track
+        second_stage_config(full, first.folder),
+        runs=runs,
+        callbacks=callbacks,
+        track=track,
+        spent=overrun(first.summary),
     )
+
+
+def overrun(summary: Mapping[str, Any]) -> float:
+    """Seconds that a run took longer than its `train.minutes`; 0 if its time has no limit.
+
+    Args:
+        summary: the content of the run's `summary.json`.
+    """
+    minutes = summary.get("minutes")
+    return 0.0 if minutes is None else max(60 * (minutes["taken"] - minutes["given"]), 0.0)
 
 
 def train_first(
@@ -126,12 +144,17 @@ def resume_two_stages(
             f"stage; resume without settings, or edit its {CONFIG} or {SECOND_STAGE} first"
         )
     if not (folder / SUMMARY).is_file():
-        tell(resume(folder, callbacks=callbacks, track=track))
+        first = resume(folder, callbacks=callbacks, track=track)
+        tell(first)
+        summary = first.summary
+    else:
+        summary = read_of_run(folder / SUMMARY)
     begun = second_stage_of(folder)
     if begun is not None:
         return resume(begun, callbacks=callbacks, track=track)
     config = second_stage_config(load_config(folder / SECOND_STAGE), folder)
-    return train(config, runs=folder.parent, callbacks=callbacks, track=track)
+    spent = overrun(summary)
+    return train(config, runs=folder.parent, callbacks=callbacks, track=track, spent=spent)
 
 
 def second_stage_of(folder: Path) -> Path | None:

@@ -212,10 +212,11 @@ def test_volumes_are_planned_in_slices_if_time_leaves_a_small_patch(
 @pytest.mark.parametrize(
     ("shrunk", "gigabytes", "planned_dims"),
     [
-        ((64, 64, 32), 8.0, 2),  # half of the patch that fits, and more than a quarter of an image
-        ((64, 64, 40), 8.0, 3),
-        ((64, 64, 40), 64.0, 3),  # more memory never leads to slices
-        ((64, 64, 32), 64.0, 2),
+        ((62, 34, 62), 8.0, 2),  # half of the patch that fits, and more than a quarter of an image
+        ((62, 35, 62), 8.0, 3),
+        ((62, 35, 62), 64.0, 3),  # more memory never leads to slices
+        ((62, 34, 62), 64.0, 2),
+        ((64, 20, 64), 8.0, 3),  # the whole image along two axes
     ],
 )
 def test_volumes_are_planned_in_slices_if_time_takes_half_of_the_patch(

@@ -414,6 +414,58 @@ def test_the_width_is_reduced_before_the_patch() -> None:
     assert planned(99 * of(8)) == (8, (32, 56, 40))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_if_time_is_short_a_patch_of_a_tube_is_made_shorter_before_it_is_made_narrower(
+    axis: int,
+) -> None:
+    shape = [40, 40, 40]
+    shape[axis] = 1000
+    tube = alike((shape[0], shape[1], shape[2]), (1.0, 1.0, 1.0), 20)
+    sizes = set()
+    for minutes in np.geomspace(0.1, 100, 30).tolist():
+        plan = plan_for_time(
+            tube,
+            spatial_dims=3,
+            minutes=minutes,
+            steps=Steps(10_000, 4000, 1200),
+            multiply_adds_per_second=2e10,
+        )
+        length = plan.patch_size[axis]
+        others = [size for each, size in enumerate(plan.patch_size) if each != axis]
+        sizes.add((length, *others))
+        # 16 voxels may come from padding to a multiple of the strides.
+        assert length <= 2 * max(others) + 16 or others == [40, 40]
+    assert len(sizes) > 6 and (256, 40, 40) in sizes and (128, 40, 40) in sizes
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        ((1000, 40, 40), "1000x40x40, cut to 256x40x40, padded to multiples of 32x8x8: with"),
+        ((3, 4, 5), "3x4x5, padded to multiples of 2x2x2, raised to a size that a network"),
+        ((35, 50, 36), "35x50x36, padded to multiples of 8x8x8: with 32 channels, 2 patches"),
+    ],
+)
+def test_the_reason_for_a_patch_leads_from_the_median_image_to_it(
+    shape: tuple[int, int, int], told: str
+) -> None:
+    plan = plan_for_memory(alike(shape, (1.0, 1.0, 1.0), 20), spatial_dims=3)
+    assert told in plan.reasons["patch_size"]
+
+
+def test_a_batch_that_was_chosen_for_a_larger_patch_names_this_patch() -> None:
+    few = alike((1, 128, 128), (5.0, 0.5, 0.5), 5)
+    plan = plan_for_time(
+        few,
+        spatial_dims=2,
+        minutes=1.0,
+        steps=Steps(for_batch=1000, for_width=400, for_patch=100),
+        multiply_adds_per_second=1e7,
+    )
+    assert plan.patch_size < (128, 128) and plan.batch_size == 2
+    assert plan.reasons["batch_size"].startswith("For patches of 128x128: 8 GB hold")
+
+
 def test_the_smallest_plan_of_all_says_that_it_takes_longer() -> None:
     plan = in_time(1e-6)
     assert (plan.channels[0], plan.batch_size) == (8, 2)

@@ -48,6 +48,7 @@ def trainer(**changes: object) -> L.Trainer:
 
 TOUCHED = [
     (trainer, "fit_loop.epoch_loop._batches_that_stepped"),
+    (trainer, "fit_loop.epoch_loop._skip_next_val"),
     (trainer, "fit_loop.epoch_loop.max_steps"),
     (trainer, "fit_loop.epoch_loop.val_loop.batch_progress.reset"),
     (lambda: rank_zero_only, "rank"),

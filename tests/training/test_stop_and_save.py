@@ -10,13 +10,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from segkit.errors import ConfigError, Stopped
+from segkit.training import stop_and_save
 from segkit.training.cross_validation import cross_validate
 from segkit.training.cross_validation import resume_folds as resume_folds
 from segkit.training.fit import train
 from segkit.training.resume import resume
 from segkit.training.run_folder import locked_folder
 from tests.small import small_config, small_dataset
-from tests.training.test_resume import VARIANTS, rows, weights
+from tests.training.test_resume import VARIANTS, StopAfter, StoppedError, rows, weights
 
 
 class Ask(Callback):
@@ -76,6 +77,25 @@ def test_a_training_that_was_stopped_and_resumed_ends_like_one_that_was_not(
         for key, value in weights(folder).items():
             assert torch.equal(value, expected[key]), (step, look, key)
         assert rows(folder) == rows(whole.folder), (step, look)
+
+
+@pytest.mark.parametrize("averaging", [None, pytest.param(0.9, marks=pytest.mark.slow)])
+def test_a_checkpoint_that_is_old_is_written_again_between_two_steps(
+    averaging: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = {"steps": 6, "validate_every": 6, "averaging": averaging}
+    config = small_config(small_dataset(tmp_path / "data"), train=schedule)
+    whole = train(config, runs=tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(stop_and_save, "MOST_SECONDS", 0.0)
+        with pytest.raises(StoppedError):
+            train(config, runs=tmp_path / "killed", callbacks=[StopAfter(4)])
+    folder = tmp_path / "killed" / "small"
+    assert global_step(folder) == 3  # the fourth step was not over
+    assert resume(folder).summary["validation"] == whole.summary["validation"]
+    for key, value in weights(whole.folder).items():
+        assert torch.equal(weights(folder)[key], value), key
+    assert rows(folder) == rows(whole.folder)
 
 
 @pytest.mark.slow

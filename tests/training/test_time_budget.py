@@ -43,9 +43,18 @@ class Clock:
 
 
 def simulated(
-    seconds: float, per_step: float, per_case: float, *, before: float = 0.0, cases: int = 4
+    seconds: float,
+    per_step: float,
+    per_case: float,
+    *,
+    before: float = 0.0,
+    cases: int = 4,
+    expected: float | None = None,
 ) -> tuple[TimeBudget, float, list[int]]:
-    """A run that validates every 50 steps: its budget, the end of its scoring, its advances."""
+    """A run that validates every 50 steps: its budget, the end of its scoring, its advances.
+
+    Before the first validation, it expects a case to take `expected` seconds.
+    """
     clock = Clock()
     budget = TimeBudget(
         seconds,
@@ -56,15 +65,18 @@ def simulated(
         validate_every=50,
         clock=clock,
     )
-    budget.per_case = per_case  # measured before the first step
+    budget.per_case = per_case if expected is None else expected
     advances = []
     while not budget.finished:
         clock.now += per_step
         advances.append(budget.end_step())
-        if budget.steps % 50 == 0:
+        if budget.skips_validation:
+            budget.validated_at = budget.steps
+        elif budget.is_due:
             clock.now += cases * per_case
+            budget.per_case, budget.validated_at = per_case, budget.steps
             budget.resume_clock()
-    clock.now += cases * per_case + 5
+    clock.now += cases * per_case + (5 if budget.scores_are_long else 1)
     return budget, budget.elapsed, advances
 
 
@@ -77,6 +89,38 @@ def test_a_run_ends_on_time_however_fast_the_machine_is(
     assert elapsed == pytest.approx(600.0, rel=0.1)
     assert sum(advances) == budget.advanced >= 0.97 * 400 - 400 / budget.steps
     assert min(advances) >= 0 and budget.advanced <= 400
+
+
+@given(st.floats(0.05, 0.5), st.floats(0.0, 0.3))
+@settings(max_examples=50, deadline=None)
+def test_a_run_of_half_a_minute_ends_on_time(per_step: float, per_case: float) -> None:
+    assert simulated(30.0, per_step, per_case, before=3.0)[1] == pytest.approx(30.0, rel=0.1)
+
+
+@given(st.floats(0.05, 2.0), st.floats(1.0, 50.0))
+@settings(max_examples=50, deadline=None)
+def test_a_run_whose_validations_are_slower_than_expected_ends_on_time(
+    per_step: float, per_case: float
+) -> None:
+    _, elapsed, advances = simulated(600.0, per_step, per_case, cases=1, expected=per_case / 10)
+    assert elapsed == pytest.approx(600.0, rel=0.1)
+    assert sum(advances) >= 0.97 * 400 - 400 / len(advances)
+
+
+def test_validations_take_place_as_long_as_they_fit() -> None:
+    clock = Clock()
+    budget = TimeBudget(101.0, 0.0, 100, held_out=0, validated=1, validate_every=10, clock=clock)
+    budget.per_case = 5.0
+    clock.now += 1.0
+    budget.end_step()
+    # 100 s: 6 times 10 steps and a validation, and 10 s for steps; the first of them is done.
+    assert (budget.rest, budget.left) == (100.0, 70.0)
+    for _ in range(9):
+        clock.now += 1.0
+        budget.end_step()
+    assert budget.is_due and not budget.skips_validation and budget.left == 61.0
+    clock.now += 87.0
+    assert budget.rest == 4.0 and budget.skips_validation and budget.left == 4.0
 
 
 @given(st.floats(30.0, 290.0))
@@ -97,7 +141,7 @@ def test_a_run_in_which_a_single_case_takes_up_to_half_of_the_time_ends_on_time(
 
 
 def test_a_machine_that_is_as_fast_as_planned_takes_the_planned_steps_one_by_one() -> None:
-    budget, _, advances = simulated(405.0 + 5.0, 1.0, 0.0)
+    budget, _, advances = simulated(400.0 + 1.0, 1.0, 0.0)
     assert budget.steps == pytest.approx(400, abs=6)
     assert set(advances[:-1]) <= {0, 1, 2} and advances.count(1) > 380
 
@@ -326,6 +370,22 @@ def test_a_timed_run_ends_on_time_and_goes_on_after_a_stop(
     assert told["given"] == 0.1 and told["planned_steps"] == 1000
     # How far over depends on the programs that use this machine's cores.
     assert 0 < told["taken"] < (time.monotonic() - started) / 60 + 0.005  # it is rounded
+
+
+def test_a_run_without_time_for_validations_skips_them_and_goes_on_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(TimeBudget, "rest", 0.0)
+    folder = small_dataset(tmp_path / "data", num_cases=4)
+    settings_of = {"steps": 20, "validate_every": 5, "minutes": 0.1}
+    config = small_config(folder, train=settings_of)
+    with caplog.at_level(logging.INFO), pytest.raises(Stopped):
+        train(config, runs=tmp_path, callbacks=[StoppedAtTwelve()])
+    told = "no validation after step {}: it takes longer than the time left"
+    assert [told.format(step) in caplog.text for step in (5, 10, 15)] == [True, True, False]
+    run = resume(tmp_path / config.name)
+    assert run.summary["steps"] == LEAST_STEPS and run.summary["validation"]["cases"] == 1
+    assert "validation/dice" not in (run.folder / "metrics.csv").read_text()
 
 
 def test_a_run_without_validations_writes_checkpoints_and_goes_on(tmp_path: Path) -> None:

@@ -1,15 +1,22 @@
 """Two stages are trained by one command, and gone on with by one, wherever they were stopped."""
 
+import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
+from segkit.config.load import dump_yaml
 from segkit.config.training import Config
 from segkit.errors import ConfigError, Stopped
+from segkit.io.atomic import write_text
+from segkit.model.file_names import SUMMARY
+from segkit.model.folder import Model
 from segkit.training import fit as training
 from segkit.training import two_stages
 from segkit.training.fit import Run
+from segkit.training.run_folder import SECOND_STAGE
 from tests.small import small_config, small_dataset
 from tests.training.test_cascade import low_config
 from tests.training.test_resume import weights
@@ -78,6 +85,34 @@ def test_between_the_stages_the_second_is_begun(dataset: Path, tmp_path: Path) -
     low, full = stages(dataset)
     two_stages.train_first(low, full, runs=tmp_path)
     assert two_stages.resume_two_stages(tmp_path / "small_low").folder == tmp_path / "small"
+
+
+@pytest.mark.parametrize(("taken", "over"), [(1.25, 15.0), (0.9, 0.0), (None, 0.0)])
+def test_the_second_stage_has_less_time_if_the_first_took_more_than_its_minutes(
+    taken: float | None,
+    over: float,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    low, full = stages(dataset)
+    folder = tmp_path / "small_low"
+    summary = {} if taken is None else {"minutes": {"given": 1.0, "taken": taken}}
+    first = Run(folder, summary, cast(Model, None))
+    spent: list[float] = []
+
+    def begun(config: Config, **settings: Any) -> Run:
+        assert config.data.first_stage == [folder]
+        spent.append(settings["spent"])
+        return first
+
+    monkeypatch.setattr(two_stages, "train", begun)
+    monkeypatch.setattr(two_stages, "train_first", lambda *_, **__: first)
+    two_stages.train_two_stages(low, full, runs=tmp_path)
+    write_text(folder / SECOND_STAGE, dump_yaml(full))
+    write_text(folder / SUMMARY, json.dumps(summary))
+    two_stages.resume_two_stages(folder)
+    assert spent == pytest.approx([over, over])
 
 
 @pytest.mark.slow
