@@ -148,8 +148,11 @@ class Hypothesis:
         draws = self.draws()
         if draws.size < 2 or _mean_limit(draws, upper=True) >= SAME_MAP:
             return 1.0
-        over_cases = _row_means(self.correlations)
-        return max(rise_p([SAME_MAP - one for one in over_cases]), self.outlier_p())
+        return max(rise_p(self.unlike()), self.outlier_p())
+
+    def unlike(self) -> Values:
+        """By how much |ρ| with untrained networks lies below `SAME_MAP`, in each scan."""
+        return [SAME_MAP - one for one in _row_means(self.correlations)]
 
     def same_p(self) -> float:
         """P value of the null hypothesis that the map differs from untrained networks' maps.
