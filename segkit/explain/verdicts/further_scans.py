@@ -145,8 +145,17 @@ class _Tests:
     """
 
     def __init__(self, tests: Sequence[Values]) -> None:
-        self.counts = np.array([len(values) for values in tests], float)
-        self.spreads = np.array([_spread(values) for values in tests])
+        self.counts = np.array([len(values) for values in tests])
+        self.spreads = np.full(len(tests), math.inf)
+        """(deviation / mean)²; infinite without values or if the mean is 0 or less."""
+        for count in set(self.counts.tolist()) - {0}:
+            alike = self.counts == count
+            values = np.array([one for one in tests if len(one) == count])
+            means = values.mean(axis=1)
+            deviations = values.std(axis=1, ddof=1) if count > 1 else np.zeros_like(means)
+            ratios = np.full_like(means, math.inf)
+            np.divide(deviations, means, out=ratios, where=means > 0)
+            self.spreads[alike] = ratios**2
 
     def further(self, cases: int, permitted: float) -> Float[ndarray, " tests"]:
         """For each test, the number of further scans until its p is probably small enough.
@@ -160,15 +169,6 @@ class _Tests:
         needed = np.ceil(_quantiles(permitted) ** 2 * self.spreads * math.pi / 3)
         more: ndarray = np.maximum(np.maximum(least, needed) - self.counts, 0)
         return np.where(self.counts > 0, more * cases / np.maximum(self.counts, 1), math.inf)
-
-
-def _spread(values: Values) -> float:
-    """(deviation / mean)²; infinite without values or if the mean is 0 or less."""
-    mean = mean_of(values)
-    if not mean > 0:
-        return math.inf
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return (deviation / mean) ** 2
 
 
 @lru_cache

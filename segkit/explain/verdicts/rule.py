@@ -32,7 +32,7 @@ from segkit.explain.verdicts.falls import (
     num_mattering,
 )
 from segkit.explain.verdicts.further_scans import MOST_FURTHER, Further, further_scans
-from segkit.explain.verdicts.gains import DIRECTIONS, Direction, auroc_pairs, means_of_others
+from segkit.explain.verdicts.gains import DIRECTIONS, Direction, auroc_pairs, scores_beside_means
 from segkit.explain.verdicts.hypothesis import Hypothesis
 
 VerdictWord = Literal["informative", "redundant", "uninformative", "cannot tell"]
@@ -82,9 +82,9 @@ def judge_evidence(cases: Sequence[CaseEvidence]) -> list[GateVerdict]:
         found = []
         for unit in units:
             evidence = [one.channels[unit] for one in measured if unit in one.channels]
-            means = means_of_others(evidence)
+            beside = scores_beside_means(evidence)
             for structure in _structures(evidence):
-                pairs = auroc_pairs(evidence, structure, means)
+                pairs = auroc_pairs(evidence, structure, beside)
                 found += [
                     Hypothesis(unit, structure, direction, evidence, pairs, measured[0].name_of_all)
                     for direction in DIRECTIONS

@@ -20,7 +20,7 @@ from segkit.explain.verdicts.evidence import (
 )
 from segkit.explain.verdicts.falls import DICE_MARGIN
 from segkit.explain.verdicts.further_scans import further_scans
-from segkit.explain.verdicts.gains import DIRECTIONS, auroc_pairs, means_of_others
+from segkit.explain.verdicts.gains import DIRECTIONS, auroc_pairs, scores_beside_means
 from segkit.explain.verdicts.hypothesis import Hypothesis
 from segkit.explain.verdicts.rule import GateVerdict, best_of_maps, judge_evidence
 
@@ -129,7 +129,7 @@ def test_no_scans_are_promised_for_a_verdict_that_the_other_direction_rules_out(
     parts = [
         channel(drop=0.02 * (n % 2) - 0.002, compared={"intensity": 0.7}, seed=n) for n in range(12)
     ]
-    pairs = auroc_pairs(parts, "a", means_of_others(parts))
+    pairs = auroc_pairs(parts, "a", scores_beside_means(parts))
     through, out = both = [
         Hypothesis((KEY, 0), "a", direction, parts, pairs, FOREGROUND) for direction in DIRECTIONS
     ]
