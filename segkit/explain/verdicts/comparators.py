@@ -459,35 +459,78 @@ def mean_maps(
     """
     same = all(tuple(other.shape) == tuple(shape) for other in others)
     return {
-        name: _mean_map(others, shape, cells, place)
+        name: _mean(_sums(others, shape, cells, place))
         for name, place in ALIGNMENTS.items()
         if not (name and same)
     }
 
 
-def _mean_map(
-    others: Sequence[ThinnedMap],
+def mean_maps_of_others(
+    maps: Sequence[ThinnedMap],
+) -> Iterator[tuple[int, str, CellValues3d]]:
+    """The `mean_maps` of all other maps, for each of several maps at its own cells.
+
+    Maps of one shape share what they have in common: those of other shapes are resampled once for
+    all of them, and the sum of the others is that of the maps before and of the maps after it.
+
+    Args:
+        maps: thinned maps. If there is one, there is no mean.
+
+    Yields:
+        The number of a map, the name of an alignment, and the mean.
+    """
+    for shape in dict.fromkeys(tuple(one.shape) for one in maps) if len(maps) > 1 else ():
+        cells = [kept_cells(size) for size in shape]
+        alike = [number for number, one in enumerate(maps) if tuple(one.shape) == shape]
+        others = [one for one in maps if tuple(one.shape) != shape]
+        for name, place in ALIGNMENTS.items():
+            if name and not others:
+                continue
+            before = [_sums(others, shape, cells, place)]
+            for number in alike[:-1]:
+                before.append(before[-1] + _placed(maps[number], shape, cells, place))
+            after = np.zeros_like(before[0])
+            for number in reversed(alike):
+                yield number, name, _mean(before.pop() + after)
+                after = after + _placed(maps[number], shape, cells, place)
+
+
+def _sums(
+    maps: Sequence[ThinnedMap],
     shape: Sequence[int],
     cells: Sequence[Integer[ndarray, " cells"]],
     place: Callable[[ndarray, int, int], ndarray],
-) -> CellValues3d:
-    """The mean of maps in one alignment; see `mean_maps`."""
+) -> Float[ndarray, "2 x y z"]:
+    """The sums of `_placed` over maps; 0 if there are none."""
+    nothing = np.zeros((2, *map(len, cells)))
+    return sum((_placed(one, shape, cells, place) for one in maps), start=nothing)
+
+
+def _placed(
+    one: ThinnedMap,
+    shape: Sequence[int],
+    cells: Sequence[Integer[ndarray, " cells"]],
+    place: Callable[[ndarray, int, int], ndarray],
+) -> Float[ndarray, "2 x y z"]:
+    """A map in one alignment, multiplied by its weight, and the weight; see `mean_maps`."""
     size = tuple(len(along) for along in cells)
-    total, weights = np.zeros(size), np.zeros(size)
-    for other in others:
-        values, weight = other.values, np.ones(size)
-        if (tuple(other.shape), values.shape) != (tuple(shape), size):
-            positions = []
-            for axis, (along, own, old) in enumerate(zip(cells, shape, other.shape, strict=True)):
-                there, kept = place(along, own, old), kept_cells(old)
-                positions.append(np.interp(there, kept, np.arange(len(kept))))
-                beyond = (there < -0.5) | (there > old - 0.5)
-                weight[(slice(None),) * axis + (beyond,)] = BEYOND_WEIGHT
-            held = torch.from_numpy(np.ascontiguousarray(values, np.float64))[None]
-            values = resample_known(held, positions)[0].numpy()
-        known = np.isfinite(values)
-        total[known] += (weight * values)[known]
-        weights += weight * known
-    mean = np.full(size, np.nan)
+    values, weight = one.values, np.ones(size)
+    if (tuple(one.shape), values.shape) != (tuple(shape), size):
+        positions = []
+        for axis, (along, own, old) in enumerate(zip(cells, shape, one.shape, strict=True)):
+            there, kept = place(along, own, old), kept_cells(old)
+            positions.append(np.interp(there, kept, np.arange(len(kept))))
+            beyond = (there < -0.5) | (there > old - 0.5)
+            weight[(slice(None),) * axis + (beyond,)] = BEYOND_WEIGHT
+        held = torch.from_numpy(np.ascontiguousarray(values, np.float64))[None]
+        values = resample_known(held, positions)[0].numpy()
+    known = np.isfinite(values)
+    return np.stack([np.where(known, weight * values, 0), weight * known])
+
+
+def _mean(sums: Float[ndarray, "2 x y z"]) -> CellValues3d:
+    """The mean of maps from the sums of `_placed`."""
+    total, weights = sums
+    mean = np.full(total.shape, np.nan)
     np.divide(total, weights, out=mean, where=weights > 0)
     return mean

@@ -3,12 +3,22 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
 from scipy import stats
 
 from segkit.explain.verdicts.comparators import OTHER
-from segkit.explain.verdicts.falls import DICE_MARGIN, MATTERING_SHARE, SIGNIFICANT, Values
+from segkit.explain.verdicts.falls import (
+    DICE_MARGIN,
+    MATTERING_SHARE,
+    SIGNIFICANT,
+    Values,
+    mean_of,
+    num_mattering,
+)
 from segkit.explain.verdicts.gains import Compared
 from segkit.explain.verdicts.hypothesis import ROUTE_SHARES, SIMES_SHARES, Hypothesis
 
@@ -18,12 +28,23 @@ MOST_FURTHER = 200
 """Largest number of further scans that is reported."""
 
 
-def further_scans(of: Hypothesis, both: Sequence[Hypothesis], num_tested: int) -> int | None:
-    """Estimated number of further scans for a verdict if they are like these; None if too many.
+class Further(NamedTuple):
+    """What would probably lead to a verdict."""
+
+    scans: int | None
+    """Number of further scans; None if more than `MOST_FURTHER`."""
+    more_networks: bool
+    """Whether further scans are enough for all but the comparison with untrained networks."""
+
+
+def further_scans(of: Hypothesis, both: Sequence[Hypothesis], num_tested: int) -> Further:
+    """Estimated number of further scans for a verdict if they are like these.
 
     Each test of a verdict must reach p = 0.05 with probability 0.8. The estimate uses the normal
     approximation of the signed-rank test, with the mean and deviation of these scans. If only a
-    share of scans has the measure of a test, more scans are needed in proportion.
+    share of scans has the measure of a test, more scans are needed in proportion. The p value of
+    the comparison with untrained networks rests on the number of these networks and of tests, and
+    not on that of scans.
 
     Args:
         of: the hypothesis of the verdict.
@@ -31,67 +52,66 @@ def further_scans(of: Hypothesis, both: Sequence[Hypothesis], num_tested: int) -
             is uninformative.
         num_tested: number of tests for which the p values are corrected.
     """
-    informative, others = _scans_for_words(of, both, num_tested)
-    return _reported(min(others, math.inf if _too_few_networks(of, num_tested) else informative))
-
-
-def needs_more_networks(of: Hypothesis, both: Sequence[Hypothesis], num_tested: int) -> bool:
-    """Whether further scans are enough for all but the comparison with untrained networks.
-
-    Its p value rests on the number of untrained networks and of tests, and not on that of scans.
-    The arguments are those of `further_scans`.
-    """
-    informative, others = _scans_for_words(of, both, num_tested)
-    return (
-        _too_few_networks(of, num_tested)
-        and _reported(others) is None
-        and _reported(informative) is not None
-    )
-
-
-def _too_few_networks(of: Hypothesis, num_tested: int) -> bool:
-    """Whether the test against untrained networks stays above p = 0.05 with any number of scans."""
-    return of.outlier_p() * num_tested > SIGNIFICANT
+    cases, permitted = of.cases, SIGNIFICANT / num_tested
+    shown = min((_shown(of, way, permitted) for way in of.routes), default=math.inf)
+    informative = max(shown, _needed(of, permitted), _learned(of, permitted))
+    redundant = max(shown, _not_needed(of, permitted))
+    no_more = [_no_more(route, one.cases) for one in both for route in one.routes.values()]
+    same = _all_of(of.same_tests(), cases, SIGNIFICANT / 2)
+    others = min(redundant, max(no_more, default=math.inf), same)
+    too_few_networks = of.outlier_p() > permitted
+    scans = _reported(others if too_few_networks else min(informative, others))
+    needs_networks = too_few_networks and scans is None and _reported(informative) is not None
+    return Further(scans, needs_networks)
 
 
 def _reported(further: float) -> int | None:
     return None if further > MOST_FURTHER else max(math.ceil(further), 1)
 
 
-def _scans_for_words(
-    of: Hypothesis, both: Sequence[Hypothesis], num_tested: int
-) -> tuple[float, float]:
-    """Further scans for "informative", and for the first of "redundant" and "uninformative".
+def _shown(of: Hypothesis, way: str, permitted: float) -> float:
+    """Further scans until a kind of evidence shows more than every comparator.
 
-    Those for "informative" take no account of the test against untrained networks.
+    Args:
+        of: the hypothesis.
+        way: the kind of evidence, which has a share of the permitted error.
+        permitted: the permitted error.
     """
+    beyond = [one.beyond for one in of.routes[way]]
+    return _all_of(beyond, of.cases, permitted * ROUTE_SHARES[way])
 
-    cases = of.cases
 
-    def further(values: Values, significance: float) -> float:
-        return _further(values, cases, significance)
+def _needed(of: Hypothesis, permitted: float) -> float:
+    """Further scans until the channel is needed in one of the contexts, which share the error."""
+    contexts = of.least_contexts
+    found = [
+        _all_of([falls], of.cases, permitted / len(contexts))
+        for falls in contexts
+        if mean_of(falls) >= DICE_MARGIN
+    ]
+    return min(found, default=math.inf)
 
-    # Corrected for the number of tests, and for the choice of localisation or deletion.
-    strict = ROUTE_SHARES["localisation"] * SIGNIFICANT / num_tested
-    shows = [
-        max((further(c.beyond, strict) for c in route), default=math.inf)
-        for route in of.routes.values()
+
+def _learned(of: Hypothesis, permitted: float) -> float:
+    """Further scans until |ρ| with untrained networks is small enough."""
+    return _all_of([of.unlike()], of.cases, permitted) if of.learned_p() < 1 else math.inf
+
+
+def _not_needed(of: Hypothesis, permitted: float) -> float:
+    """Further scans until the channel is not needed in any context."""
+    sides = [
+        [DICE_MARGIN + sign * fall for fall in falls] for falls in of.contexts for sign in (-1, 1)
     ]
-    need = [
-        further(falls, strict) if np.mean(falls) >= DICE_MARGIN else math.inf
-        for falls in of.least_contexts
-    ]
-    without = [
-        further([DICE_MARGIN - abs(fall) for fall in falls], strict) for falls in of.contexts
-    ]
-    least = math.ceil(math.log(strict) / math.log(1 - MATTERING_SHARE)) - cases
-    shown = min(shows, default=math.inf)
-    learned = of.learned_p() < 1
-    informative = max(shown, min(need, default=math.inf)) if learned else math.inf
-    redundant = max(shown, max(without, default=math.inf), least)
-    no_more = [_no_more(route, one.cases) for one in both for route in one.routes.values()]
-    uninformative = min(max(no_more, default=math.inf), _same(of))
-    return informative, min(redundant, uninformative)
+    seldom = [_seldom(falls, of.cases, permitted) for falls in of.contexts]
+    return max(_all_of(sides, of.cases, permitted), *seldom) if seldom else math.inf
+
+
+def _seldom(falls: Values, cases: int, permitted: float) -> float:
+    """Further scans until the fall matters in significantly less than a third of them."""
+    counts = np.arange(len(falls), len(falls) + MOST_FURTHER + 1)
+    mattering = stats.binom.ppf(POWER, counts, num_mattering(falls) / len(falls))
+    enough = np.flatnonzero(stats.binom.cdf(mattering, counts, MATTERING_SHARE) <= permitted)
+    return float(enough[0]) * cases / len(falls) if enough.size else math.inf
 
 
 def _no_more(route: Sequence[Compared], cases: int) -> float:
@@ -102,48 +122,56 @@ def _no_more(route: Sequence[Compared], cases: int) -> float:
     """
     found = []
     for other, share in SIMES_SHARES.items():
-        alike = [one.short for one in route if one.name.startswith(OTHER) == other]
-        places = (2**power for power in range(len(alike).bit_length() + bool(alike)))
-        for place in {min(place, len(alike)) for place in places}:
-            permitted = share * SIGNIFICANT / 2 * place / len(alike)
-            found.append(sorted(_further(one, cases, permitted) for one in alike)[place - 1])
+        alike = _Tests([one.short for one in route if one.name.startswith(OTHER) == other])
+        most = len(alike.counts)
+        places = (2**power for power in range(most.bit_length() + bool(most)))
+        for place in {min(place, most) for place in places}:
+            further = alike.further(cases, share * SIGNIFICANT / 2 * place / most)
+            found.append(float(np.partition(further, place - 1)[place - 1]))
     return min(found, default=math.inf)
 
 
-def _same(of: Hypothesis) -> float:
-    """Further scans until a map is found to be like those of untrained networks."""
-    tests = of.same_tests()
-    return max(
-        (_further(one, of.cases, SIGNIFICANT / 2) for one in tests),
-        default=math.inf,
-    )
+def _all_of(tests: Sequence[Values], cases: int, permitted: float) -> float:
+    """Further scans until all tests are significant; infinite if there is none."""
+    further = _Tests(tests).further(cases, permitted)
+    return float(further.max()) if further.size else math.inf
 
 
-def _further(values: Values, cases: int, significance: float) -> float:
-    """Further scans for a test. Only the share of scans that has its measure counts."""
-    if not len(values):
-        return math.inf
-    return max(0, _needed(values, significance) - len(values)) * cases / len(values)
+class _Tests:
+    """Signed-rank tests over scans, of whether values are above 0.
 
-
-def _needed(values: Values, significance: float) -> float:
-    """Number of scans after which a signed-rank test probably finds such values above 0."""
-    least = math.ceil(-math.log2(significance))
-    if len(values) < 2:
-        return least if len(values) and values[0] > 0 else math.inf
-    mean = sum(values) / len(values)
-    if mean <= 0:
-        return math.inf
-    # In plain Python: NumPy takes longer for so few values, and there are thousands of lists.
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    # The efficiency of the signed-rank test is 3 / π of that of the t-test.
-    return max(least, math.ceil((_quantiles(significance) * deviation / mean) ** 2 * math.pi / 3))
-
-
-@lru_cache(maxsize=1024)
-def _quantiles(significance: float) -> float:
-    """Sum of the normal quantiles of the permitted error and of the power.
-
-    It is the same for hundreds of comparators, and SciPy takes a millisecond for it.
+    Args:
+        tests: the values of each test. A scan without the measure of a test has no value.
     """
-    return float(stats.norm.isf(significance) + stats.norm.ppf(POWER))
+
+    def __init__(self, tests: Sequence[Values]) -> None:
+        self.counts = np.array([len(values) for values in tests])
+        self.spreads = np.full(len(tests), math.inf)
+        """(deviation / mean)²; infinite without values or if the mean is 0 or less."""
+        for count in set(self.counts.tolist()) - {0}:
+            alike = self.counts == count
+            values = np.array([one for one in tests if len(one) == count])
+            means = values.mean(axis=1)
+            deviations = values.std(axis=1, ddof=1) if count > 1 else np.zeros_like(means)
+            ratios = np.full_like(means, math.inf)
+            np.divide(deviations, means, out=ratios, where=means > 0)
+            self.spreads[alike] = ratios**2
+
+    def further(self, cases: int, permitted: float) -> Float[ndarray, " tests"]:
+        """For each test, the number of further scans until its p is probably small enough.
+
+        Args:
+            cases: number of scans. Only the share of scans that has the measure of a test counts.
+            permitted: the largest p value.
+        """
+        least = math.ceil(-math.log2(permitted))
+        # The efficiency of the signed-rank test is 3 / π of that of the t-test.
+        needed = np.ceil(_quantiles(permitted) ** 2 * self.spreads * math.pi / 3)
+        more: ndarray = np.maximum(np.maximum(least, needed) - self.counts, 0)
+        return np.where(self.counts > 0, more * cases / np.maximum(self.counts, 1), math.inf)
+
+
+@lru_cache
+def _quantiles(permitted: float) -> float:
+    """The mean, in standard errors, of a test that probably has at most this p value."""
+    return float(stats.norm.isf(permitted) + stats.norm.ppf(POWER))

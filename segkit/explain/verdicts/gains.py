@@ -6,15 +6,17 @@ the order of the map.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
 
 from segkit.explain.measures.ranks import Ranked
 from segkit.explain.measures.statistics import auroc
-from segkit.explain.verdicts.comparators import CellValues3d, kept_cells, mean_maps
+from segkit.explain.verdicts.comparators import mean_maps_of_others
 from segkit.explain.verdicts.evidence import HIGH_FIRST, LOW_FIRST, UNTRAINED, ChannelEvidence
 
 Direction = Literal["lets through", "shuts out"]
@@ -30,15 +32,18 @@ AREA_MARGIN = 0.02
 MEAN_MAP = "mean map of the other scans"
 CHANCE = "chance"
 Pairs = dict[str, list[tuple[float, float]]]
+"""For each comparator, the AUROC of the channel and of the comparator in each scan."""
+BesideMeans = dict[str, dict[str, tuple[float, float]]]
+"""The same of one scan, for each structure and mean map of other scans."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Compared:
     """A comparator, and a map's gain over it in each scan with the required margin."""
 
     name: str
-    gains: tuple[float, ...]
-    margins: tuple[float, ...]
+    gains: Float[ndarray, " scans"]
+    margins: Float[ndarray, " scans"]
 
     @property
     def mean(self) -> float:
@@ -47,38 +52,45 @@ class Compared:
     @property
     def beyond(self) -> list[float]:
         """By how much each gain exceeds its margin."""
-        return [gain - margin for gain, margin in zip(self.gains, self.margins, strict=True)]
+        beyond: list[float] = (self.gains - self.margins).tolist()
+        return beyond
 
     @property
     def short(self) -> list[float]:
         """By how much each gain falls short of its margin."""
-        return [
-            max(margin, LEAST_MARGIN) - gain
-            for gain, margin in zip(self.gains, self.margins, strict=True)
-        ]
+        short: list[float] = (np.maximum(self.margins, LEAST_MARGIN) - self.gains).tolist()
+        return short
 
 
-def means_of_others(evidence: Sequence[ChannelEvidence]) -> list[dict[str, CellValues3d]]:
-    """For each scan, the channel's mean maps over the other scans, by name; none for one scan."""
-    boxes = [one.box for one in evidence]
-    found = []
-    for number, box in enumerate(boxes):
-        others = boxes[:number] + boxes[number + 1 :]
-        cells = [kept_cells(size) for size in box.shape]
-        means = mean_maps(others, box.shape, cells) if others else {}
-        found.append({f"{MEAN_MAP} {name}".rstrip(): mean for name, mean in means.items()})
+def scores_beside_means(evidence: Sequence[ChannelEvidence]) -> list[BesideMeans]:
+    """For each scan, the AUROC of the channel and of its mean maps over the other scans.
+
+    They count the same cells. With one scan there is no mean map.
+    """
+    found: list[BesideMeans] = [{} for _ in evidence]
+    known_ranks: dict[tuple[int, bytes], Ranked] = {}
+    for number, name, mean in mean_maps_of_others([one.box for one in evidence]):
+        box, inside = evidence[number].box.values, evidence[number].inside
+        known = np.isfinite(mean) & np.isfinite(box)
+        memory = (number, known.tobytes())
+        if memory not in known_ranks:
+            known_ranks[memory] = Ranked.of(box[known])
+        own, other = known_ranks[memory], Ranked.of(mean[known])
+        for structure, cells in inside.items():
+            scores = auroc(own, cells[known]), auroc(other, cells[known])
+            found[number].setdefault(structure, {})[f"{MEAN_MAP} {name}".rstrip()] = scores
     return found
 
 
 def auroc_pairs(
-    evidence: Sequence[ChannelEvidence], structure: str, means: Sequence[Mapping[str, CellValues3d]]
+    evidence: Sequence[ChannelEvidence], structure: str, beside: Sequence[BesideMeans]
 ) -> Pairs:
     """AUROC of the channel and of each comparator, in each scan that has the structure.
 
     Args:
         evidence: the evidence of each scan.
         structure: name of the structure.
-        means: mean maps from `means_of_others`.
+        beside: scores from `scores_beside_means`.
     """
     pairs: Pairs = {}
     for one in evidence:
@@ -86,14 +98,8 @@ def auroc_pairs(
         for name, score in scores.items():
             if name != "map" and not math.isnan(score):
                 pairs.setdefault(name, []).append((scores["map"], score))
-    for one, of_others in zip(evidence, means, strict=True):
-        if (inside := one.inside.get(structure)) is None:
-            continue
-        for name, mean in of_others.items():
-            known = np.isfinite(mean) & np.isfinite(one.box.values)
-            own, other = (
-                auroc(Ranked.of(values[known]), inside[known]) for values in (one.box.values, mean)
-            )
+    for of_scan in beside:
+        for name, (own, other) in of_scan.get(structure, {}).items():
             if math.isfinite(own) and math.isfinite(other):
                 pairs.setdefault(name, []).append((own, other))
     return pairs
@@ -103,21 +109,18 @@ def gains_in_auroc(pairs: Pairs, direction: Direction) -> list[Compared]:
     """The gains of the channel's AUROC over each comparator in both directions."""
     compared = []
     for name, found in pairs.items():
+        own, other = np.array(found).T
         for turned in (False, True):
-            scores = [1 - other if turned else other for _, other in found]
-            gains = [
-                turned_auroc(own, direction) - one
-                for (own, _), one in zip(found, scores, strict=True)
-            ]
-            if found:
-                shown_name = name + ", inverted" * turned
-                compared.append(Compared(shown_name, tuple(gains), tuple(_margins(scores))))
+            scores = 1 - other if turned else other
+            gains = turned_auroc(own, direction) - scores
+            compared.append(Compared(name + ", inverted" * turned, gains, _margins(scores)))
     return compared
 
 
-def _margins(scores: Iterable[float]) -> list[float]:
+def _margins(scores: Float[ndarray, " scans"]) -> Float[ndarray, " scans"]:
     """By how much an AUROC must be higher than each of these of a comparator."""
-    return [min(AUROC_MARGIN, ERROR_MARGIN * (1 - one)) for one in scores]
+    margins: ndarray = np.minimum(AUROC_MARGIN, ERROR_MARGIN * (1 - scores))
+    return margins
 
 
 def gains_in_deletion(
@@ -137,7 +140,8 @@ def gains_in_deletion(
             if name not in (HIGH_FIRST, LOW_FIRST) and math.isfinite(gained):
                 gains.setdefault(name, []).append(gained)
     return [
-        Compared(name, tuple(found), (AREA_MARGIN,) * len(found)) for name, found in gains.items()
+        Compared(name, np.array(found), np.full(len(found), AREA_MARGIN))
+        for name, found in gains.items()
     ]
 
 
@@ -145,9 +149,9 @@ def gains_over_chance(
     evidence: Sequence[ChannelEvidence], structure: str, direction: Direction
 ) -> Compared:
     """The gains of the channel's AUROC over 0.5. The margin is 0."""
-    scores = [one.aurocs.get(structure, {}).get("map", math.nan) for one in evidence]
-    gains = [turned_auroc(one, direction) - 0.5 for one in scores if not math.isnan(one)]
-    return Compared(CHANCE, tuple(gains), (0.0,) * len(gains))
+    scores = np.array([one.aurocs.get(structure, {}).get("map", math.nan) for one in evidence])
+    gains = turned_auroc(scores[~np.isnan(scores)], direction) - 0.5
+    return Compared(CHANCE, gains, np.zeros_like(gains))
 
 
 def gains_over_draws(
@@ -163,16 +167,18 @@ def gains_over_draws(
         scores = one.aurocs.get(structure, {})
         draws = [score for name, score in scores.items() if name.startswith(UNTRAINED)]
         if draws and np.isfinite([scores["map"], *draws]).all():
-            own.append(turned_auroc(scores["map"], direction))
+            own.append(scores["map"])
             drawn.append(draws)
     if not drawn:
-        return Compared(UNTRAINED, (), ())
+        return Compared(UNTRAINED, np.zeros(0), np.zeros(0))
     scans = np.array(drawn)
-    turned = np.where(scans.mean(axis=0) < 0.5, 1 - scans, scans).mean(axis=1).tolist()
-    gains = [mine - other for mine, other in zip(own, turned, strict=True)]
-    return Compared(UNTRAINED, tuple(gains), tuple(_margins(turned)))
+    turned = np.where(scans.mean(axis=0) < 0.5, 1 - scans, scans).mean(axis=1)
+    gains = turned_auroc(np.array(own), direction) - turned
+    return Compared(UNTRAINED, gains, _margins(turned))
 
 
-def turned_auroc(score: float, direction: Direction) -> float:
+def turned_auroc(
+    scores: Float[ndarray, " scans"], direction: Direction
+) -> Float[ndarray, " scans"]:
     """The AUROC of a map, or of the inverted map if it shuts the structure out."""
-    return score if direction == DIRECTIONS[0] else 1 - score
+    return scores if direction == DIRECTIONS[0] else 1 - scores

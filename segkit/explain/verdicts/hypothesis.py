@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from segkit.explain.measures.ranks import rise_p, simes
+from segkit.explain.measures.ranks import rise_p, rise_ps, simes
 from segkit.explain.verdicts.comparators import OTHER
 from segkit.explain.verdicts.evidence import EARLIER, UNTRAINED, ChannelEvidence, GateChannel
 from segkit.explain.verdicts.falls import SIGNIFICANT, Values, needed_p, not_needed_ps
@@ -102,12 +102,8 @@ class Hypothesis:
     @property
     def strength(self) -> float:
         """Mean AUROC of the channel; 1 - AUROC if it shuts the structure out."""
-        found = _aurocs(self.evidence, self.structure, "map")
-        return (
-            float(np.mean([turned_auroc(one, self.direction) for one in found]))
-            if found
-            else np.nan
-        )
+        found = np.array(_aurocs(self.evidence, self.structure, "map"))
+        return float(np.mean(turned_auroc(found, self.direction))) if found.size else math.nan
 
     def need_p(self) -> float:
         """P value of the null hypothesis that the network does not need the channel."""
@@ -124,7 +120,7 @@ class Hypothesis:
         It is the smaller one of localisation and deletion, corrected for the choice.
         """
         found = [
-            max(rise_p(one.beyond) for one in route) / ROUTE_SHARES[way]
+            max(rise_ps([one.beyond for one in route])) / ROUTE_SHARES[way]
             for way, route in self.routes.items()
             if any(one.name == MEAN_MAPS[way] for one in route)
         ]
@@ -148,8 +144,11 @@ class Hypothesis:
         draws = self.draws()
         if draws.size < 2 or _mean_limit(draws, upper=True) >= SAME_MAP:
             return 1.0
-        over_cases = _row_means(self.correlations)
-        return max(rise_p([SAME_MAP - one for one in over_cases]), self.outlier_p())
+        return max(rise_p(self.unlike()), self.outlier_p())
+
+    def unlike(self) -> Values:
+        """By how much |ρ| with untrained networks lies below `SAME_MAP`, in each scan."""
+        return [SAME_MAP - one for one in _row_means(self.correlations)]
 
     def same_p(self) -> float:
         """P value of the null hypothesis that the map differs from untrained networks' maps.
@@ -199,9 +198,9 @@ def _no_more_p(route: Sequence[Compared]) -> float:
     """P value of the null hypothesis that the channel shows more than every comparator."""
     found = []
     for other, share in SIMES_SHARES.items():
-        ps = [rise_p(one.short) for one in route if one.name.startswith(OTHER) == other]
-        if ps:
-            found.append(simes(ps) / share)
+        alike = [one.short for one in route if one.name.startswith(OTHER) == other]
+        if alike:
+            found.append(simes(rise_ps(alike)) / share)
     return min(1.0, *found)
 
 

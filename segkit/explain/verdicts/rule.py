@@ -31,12 +31,8 @@ from segkit.explain.verdicts.falls import (
     mean_of,
     num_mattering,
 )
-from segkit.explain.verdicts.further_scans import (
-    MOST_FURTHER,
-    further_scans,
-    needs_more_networks,
-)
-from segkit.explain.verdicts.gains import DIRECTIONS, Direction, auroc_pairs, means_of_others
+from segkit.explain.verdicts.further_scans import MOST_FURTHER, Further, further_scans
+from segkit.explain.verdicts.gains import DIRECTIONS, Direction, auroc_pairs, scores_beside_means
 from segkit.explain.verdicts.hypothesis import Hypothesis
 
 VerdictWord = Literal["informative", "redundant", "uninformative", "cannot tell"]
@@ -86,9 +82,9 @@ def judge_evidence(cases: Sequence[CaseEvidence]) -> list[GateVerdict]:
         found = []
         for unit in units:
             evidence = [one.channels[unit] for one in measured if unit in one.channels]
-            means = means_of_others(evidence)
+            beside = scores_beside_means(evidence)
             for structure in _structures(evidence):
-                pairs = auroc_pairs(evidence, structure, means)
+                pairs = auroc_pairs(evidence, structure, beside)
                 found += [
                     Hypothesis(unit, structure, direction, evidence, pairs, measured[0].name_of_all)
                     for direction in DIRECTIONS
@@ -191,13 +187,14 @@ def _verdict(
         "most": float(np.max(draws)) if draws.size else np.nan,
         **{f"p, {name}": p for name, p in p_values.items()},
     }
-    further = further_scans(of, both, num_tested) if word == "cannot tell" else None
-    figures["further scans"] = further
+    further = Further(None, more_networks=False)
+    if word == "cannot tell":
+        further = further_scans(of, both, num_tested)
+    figures["further scans"] = further.scans
     verdict = GateVerdict(*of.unit, of.structure, word, of.direction, "", figures)
-    too_few = (
-        word == "cannot tell" and further is None and needs_more_networks(of, both, num_tested)
+    reason = _reason(
+        verdict, of, like_untrained=like_untrained, too_few_networks=further.more_networks
     )
-    reason = _reason(verdict, of, like_untrained=like_untrained, too_few_networks=too_few)
     return replace(verdict, reason=reason)
 
 

@@ -1,5 +1,7 @@
 """Laws of ranks, and parity with scipy."""
 
+import itertools
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -10,7 +12,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
 from segkit.evaluation.compare import holm
-from segkit.explain.measures.ranks import Ranked, rise_p, simes, spearman, without_rounding_noise
+from segkit.explain.measures.ranks import (
+    Ranked,
+    rise_p,
+    rise_ps,
+    simes,
+    spearman,
+    without_rounding_noise,
+)
 
 LEVELS = arrays(np.float64, 20, elements=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]))
 
@@ -70,6 +79,18 @@ def test_the_signed_rank_test_of_changes_that_all_go_one_way_is_a_power_of_two()
 @pytest.mark.parity
 def test_no_cells_have_no_correlation() -> None:
     assert np.isnan(correlation(np.zeros(0), np.zeros(0)))
+
+
+def test_several_signed_rank_tests_at_once_are_those_of_each() -> None:
+    """With ties, changes of 0, and other numbers of cases."""
+    random = np.random.default_rng(0)
+    tests = [random.integers(-2, 4, count).tolist() for count in (0, 1, 5, 12, 12, 55)]
+    assert rise_ps(tests) == [rise_p(test) for test in tests] and rise_ps([]) == []
+    for p, test in zip(rise_ps(tests)[:5], tests[:5], strict=True):
+        changes = np.array([change for change in test if change])
+        ranks = stats.rankdata(np.abs(changes))
+        signs = np.array(list(itertools.product((0, 1), repeat=len(changes))))
+        assert p == pytest.approx(np.mean(signs @ ranks >= ranks[changes > 0].sum()))
 
 
 @pytest.mark.parametrize("count", [3, 8, 20, 50, 80])

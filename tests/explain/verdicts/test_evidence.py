@@ -16,7 +16,14 @@ from segkit.errors import ModelError, VolumeError
 from segkit.explain.heads.study import ScoredVolume
 from segkit.explain.measures.measure_maps import measured_structures, name_of_all
 from segkit.explain.measures.ranks import Ranked, spearman
-from segkit.explain.verdicts.comparators import Sides, ThinnedMap, boxed, mean_maps
+from segkit.explain.verdicts.comparators import (
+    Sides,
+    ThinnedMap,
+    boxed,
+    kept_cells,
+    mean_maps,
+    mean_maps_of_others,
+)
 from segkit.explain.verdicts.evidence import (
     BEST_IMAGE,
     EARLIER,
@@ -27,7 +34,7 @@ from segkit.explain.verdicts.evidence import (
     gather_evidence,
     with_foreground,
 )
-from segkit.explain.verdicts.gains import MEAN_MAP, auroc_pairs, means_of_others
+from segkit.explain.verdicts.gains import MEAN_MAP, auroc_pairs, scores_beside_means
 from segkit.explain.verdicts.hypothesis import Hypothesis
 from segkit.explain.verdicts.judge import judge_gates
 from segkit.inference.predictor import Predictor
@@ -287,6 +294,31 @@ def test_mean_maps_leave_out_nan_and_fit_boxes_of_other_shapes() -> None:
     assert boxed(np.zeros((100, 5, 32))).shape == (32, 5, 32)
 
 
+def test_the_mean_maps_of_others_are_those_of_each_scan_by_itself() -> None:
+    """Maps of two shapes, with unknown cells, and a cell that only one map knows."""
+    random = np.random.default_rng(3)
+    maps = []
+    for shape in [(5, 4, 3), (5, 4, 3), (7, 4, 2), (5, 4, 3), (7, 4, 2), (40, 4, 3)]:
+        values = random.normal(0, 1, shape)
+        values[random.random(shape) < 0.2] = np.nan
+        values[0, 0, 0] = np.nan if len(maps) else 1e6
+        maps.append(thinned(values))
+    found = {(number, name): mean for number, name, mean in mean_maps_of_others(maps)}
+    expected = {
+        (number, name): mean
+        for number, one in enumerate(maps)
+        for name, mean in mean_maps(
+            maps[:number] + maps[number + 1 :], one.shape, list(map(kept_cells, one.shape))
+        ).items()
+    }
+    assert found.keys() == expected.keys() and len(found) == 24
+    for key, mean in expected.items():
+        np.testing.assert_allclose(found[key], mean, rtol=1e-12, atol=1e-15)
+    same = list(mean_maps_of_others(maps[:2]))
+    assert sorted((number, name) for number, name, _ in same) == [(0, ""), (1, "")]
+    assert not list(mean_maps_of_others(maps[:1]))
+
+
 def test_the_mean_map_of_a_thinned_map_keeps_its_distance_from_each_corner() -> None:
     """Beyond the end of a map, its outermost cell counts only if no other map has the cell."""
     long, short = (np.arange(float(size)).reshape(size, 1, 1) for size in (100, 70))
@@ -322,13 +354,13 @@ def test_a_gate_of_one_fixed_place_shows_no_more_than_the_mean_map_aligned_there
         return ChannelEvidence({}, aurocs, {}, (), thinned(gate), {"one": inside})
 
     evidence = [case() for _ in range(8)]
-    pairs = auroc_pairs(evidence, "one", means_of_others(evidence))
+    pairs = auroc_pairs(evidence, "one", scores_beside_means(evidence))
     assert len(pairs) == 4 and {len(scans) for scans in pairs.values()} == {8}
     gains = {name: np.mean([own - mean for own, mean in scans]) for name, scans in pairs.items()}
     assert gains[f"{MEAN_MAP} from the {corner}"] < 0.002
     assert gains[MEAN_MAP] > 0.005
     same = [replace(one, box=evidence[0].box, inside=evidence[0].inside) for one in evidence]
-    assert list(auroc_pairs(same, "one", means_of_others(same))) == [MEAN_MAP]
+    assert list(auroc_pairs(same, "one", scores_beside_means(same))) == [MEAN_MAP]
 
 
 def test_the_gate_of_a_2d_network_is_compared_within_slices() -> None:

@@ -20,7 +20,7 @@ from segkit.explain.verdicts.evidence import (
 )
 from segkit.explain.verdicts.falls import DICE_MARGIN
 from segkit.explain.verdicts.further_scans import further_scans
-from segkit.explain.verdicts.gains import DIRECTIONS, auroc_pairs, means_of_others
+from segkit.explain.verdicts.gains import DIRECTIONS, auroc_pairs, scores_beside_means
 from segkit.explain.verdicts.hypothesis import Hypothesis
 from segkit.explain.verdicts.rule import GateVerdict, best_of_maps, judge_evidence
 
@@ -129,14 +129,61 @@ def test_no_scans_are_promised_for_a_verdict_that_the_other_direction_rules_out(
     parts = [
         channel(drop=0.02 * (n % 2) - 0.002, compared={"intensity": 0.7}, seed=n) for n in range(12)
     ]
-    pairs = auroc_pairs(parts, "a", means_of_others(parts))
+    pairs = auroc_pairs(parts, "a", scores_beside_means(parts))
     through, out = both = [
         Hypothesis((KEY, 0), "a", direction, parts, pairs, FOREGROUND) for direction in DIRECTIONS
     ]
     assert through.no_more_p() == 1 and out.no_more_p() < 0.001
-    assert further_scans(out, [out], 1) == 1
-    assert further_scans(out, both, 1) is None
-    assert further_scans(through, both, 1) is None
+    assert further_scans(out, [out], 1).scans == 1
+    assert further_scans(out, both, 1).scans is None
+    assert further_scans(through, both, 1).scans is None
+
+
+def test_the_estimate_takes_the_share_of_the_error_that_deletion_has() -> None:
+    """0.2 of 0.05, for two directions: 2^-8 is below 0.005, and 2^-7 is not."""
+    areas = {HIGH_FIRST: 0.3, LOW_FIRST: 0.8, "intensity": 0.5, EARLIER: 0.5}
+    beaten = {**COMPARED, "intensity": 0.97}
+
+    def found(count: int) -> GateVerdict:
+        return judged(scans(count, lambda i: channel(compared=beaten, areas=areas, seed=i)))
+
+    assert found(3).figures["further scans"] == 5
+    assert [found(count).word for count in (7, 8)] == ["cannot tell", "informative"]
+
+
+def test_the_estimate_divides_the_error_by_the_contexts_in_which_a_channel_is_needed() -> None:
+    """0.05 for two directions and two contexts: 2^-7 is below 0.0125, and 2^-6 is not."""
+
+    def found(count: int) -> GateVerdict:
+        return judged(scans(count, lambda i: replace(channel(seed=i), drops={"a": (0.1, 0.1)})))
+
+    assert found(3).figures["further scans"] == 4
+    assert [found(count).word for count in (6, 7)] == ["cannot tell", "informative"]
+
+
+def test_the_estimate_for_redundant_counts_the_scans_in_which_dice_falls() -> None:
+    """It falls a little in a sixth of scans. That this is less than a third needs many scans."""
+
+    def found(count: int) -> GateVerdict:
+        return judged(scans(count, lambda i: channel(drop=0.011 * (i % 6 == 5), seed=i)))
+
+    further = found(12).figures["further scans"]
+    assert isinstance(further, int) and 30 < further < 60
+    words = [found(count).word for count in (12, 18, 12 + further)]
+    assert words == ["cannot tell", "cannot tell", "redundant"]
+
+
+def test_the_estimate_counts_the_comparison_with_untrained_networks() -> None:
+    """|ρ| varies much about 0.85, so that this test needs more scans than all others."""
+
+    def found(count: int) -> GateVerdict:
+        rho = [0.85 + 0.08 * (-1) ** number for number in range(count)]
+        return judged(scans(count, lambda i: channel(correlations=[rho[i]] * 3, seed=i)))
+
+    further = found(4).figures["further scans"]
+    assert isinstance(further, int) and further > 15
+    words = [found(count).word for count in (4, 12, 4 + further)]
+    assert words == ["cannot tell", "cannot tell", "informative"]
 
 
 def test_without_a_reference_there_are_figures_and_no_verdict() -> None:
