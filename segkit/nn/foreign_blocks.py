@@ -106,7 +106,7 @@ def _around(name: str, modules: Mapping[str, nn.Module], calls: Mapping[str, Cal
         )
         if parent not in calls or not calls[parent].keeps_shape or convolves:
             break
-        if others and (calls[block].passes or calls[block].weighs):
+        if others and (calls[block].passes or calls[block].weighs or calls[block].opens):
             break
         block = parent
     return block
