@@ -524,6 +524,14 @@ def test_non_local_blocks_mhsa_and_coordinate_attention_are_found_by_their_names
         assert torch.equal(network(FEATURES), FEATURES)
 
 
+def test_attention_of_3d_networks_is_found_by_names_that_say_so() -> None:
+    others = ("CBAM3D", "CBAMLayer", "ECA3D", "SqueezeAndExcitation3D", "SelfAttentionLayer")
+    network = named(*others, "_GridAttentionBlockND", "AttentionGateBlock", "CAM_Module", "ECA")
+    network.append(named("SwinTransformerBlock3D"))
+    blocks = [*map(str, range(9)), "9.0"]
+    assert list(attention_blocks(network, FEATURES)) == blocks
+
+
 def test_names_that_only_look_like_attention_are_not_found() -> None:
     others = ("NonLocalMeansFilter", "LocalBlock", "ConcatBlock", "Flatten", "Format", "Alpha")
     assert attention_blocks(named(*others, "Gamma", "RMSNorm", "Attenuation"), FEATURES) == {}
