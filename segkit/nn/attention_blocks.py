@@ -168,7 +168,7 @@ def as_identity(network: nn.Module, blocks: Collection[str]) -> Iterator[None]:
       the argument called `x`, `x_…`, `skip…` or `query`.
     - If the block's output is added to these features outside the block, as in
       `x + attention(norm(x))`, it is 0 instead. If it multiplies them, as in `x * attention(x)`, it
-      is 1. Then the features stay as they are.
+      is 1, and in `x * (1 + attention(x))` it is 0. Then the features stay as they are.
     - If the block returns a tuple, this is its first part. Other tensors in it become NaN.
 
     Args:

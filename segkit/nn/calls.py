@@ -3,6 +3,7 @@
 x = attention(x)               the features themselves
 x = x + attention(norm(x))     0, because the shortcut is outside the module
 x = x * attention(x)           1, because the module only computes a map
+x = x * (1 + attention(x))     0, for the same reason
 """
 
 import re
@@ -42,6 +43,8 @@ class Call:
     """Whether the output is added to features from which it is computed."""
     weighs: bool = False
     """Whether such features are multiplied by the output."""
+    opens: bool = False
+    """Whether such features are multiplied by a factor that is 1 if the output is 0."""
     changed: bool = False
     """Whether the output reaches such features only changed, so that neither 0 nor 1 keeps them."""
 
@@ -57,7 +60,9 @@ class Call:
             return "features"
         if self.changed or self.output is None or self.features is None:
             return None
-        if self.added:
+        if self.opens and self.weighs:  # in two places
+            return None
+        if self.added or self.opens:
             return "zero"
         if self.weighs:
             return "one"
@@ -126,6 +131,7 @@ class _Watch:
                 call,
                 added=number in self.sources.added,
                 weighs=number in self.sources.weighing,
+                opens=number in self.sources.opening,
                 changed=number in self.sources.changed,
             )
             for number, call in self.calls[name].items()

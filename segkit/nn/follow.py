@@ -207,7 +207,7 @@ def _of_first(rule: OfFirst) -> Rule:
 
 
 def _on_grid(
-    rule: Callable[[Followed, Tensor, Sequence[Any], Mapping[str, Any]], Followed],
+    rule: Callable[[Followed, Tensor, Sequence[Any], Mapping[str, Any]], Followed | None],
 ) -> Rule:
     """The rule of a call that takes (batch, channel, *space); other tensors are not followed."""
 
@@ -327,6 +327,17 @@ def _pooled(
 
 
 @_on_grid
+def _pooled_to_size(
+    one: Followed, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed | None:
+    sizes = list(zip(one.cells, result.shape[2:], strict=True))
+    if any(old % new for old, new in sizes) or all(new == 1 for _, new in sizes):
+        return None  # cells of several sizes, or a mean of the whole grid
+    step = tuple(old // new for old, new in sizes)
+    return _onto(one, result, one.placement.through(step, step, (0,) * len(step)))
+
+
+@_on_grid
 def _interpolated(
     one: Followed, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
 ) -> Followed:
@@ -429,6 +440,18 @@ def _exchanged(
     second = _argument(args, named, 2, "dim1", 0) % tensor.ndim
     order = {first: second, second: first}
     return replace(one, axes=tuple(order.get(axis, axis) for axis in one.axes))
+
+
+@_of_first
+def _moved(
+    one: Followed, tensor: Tensor, result: Tensor, args: Sequence[Any], named: Mapping[str, Any]
+) -> Followed | None:
+    old = [axis % tensor.ndim for axis in _each(_argument(args, named, 1, "source", None), 1)]
+    new = [axis % tensor.ndim for axis in _each(_argument(args, named, 2, "destination", None), 1)]
+    order = [axis for axis in range(tensor.ndim) if axis not in old]
+    for place, axis in sorted(zip(new, old, strict=True)):
+        order.insert(place, axis)
+    return replace(one, axes=tuple(order.index(axis) for axis in one.axes))
 
 
 @_of_first
@@ -540,7 +563,7 @@ ONE_OPERAND = (
     *("local_response_norm", "normalize", "dropout", "dropout1d", "dropout2d", "dropout3d"),
     *("alpha_dropout", "feature_dropout", "feature_alpha_dropout"),
     *("contiguous", "clone", "detach", "requires_grad", "to", "type", "type_as", "float", "double"),
-    *("half", "bfloat16", "cpu", "cuda", "expand"),
+    *("half", "bfloat16", "cpu", "cuda", "expand", "expand_as"),
 )
 """Calls that keep each cell of their first argument at its place, and move none."""
 RULES: dict[str, Rule] = {
@@ -550,6 +573,7 @@ RULES: dict[str, Rule] = {
     **{f"conv_transpose{n}d": _transposed for n in (1, 2, 3)},
     **{f"{kind}_pool{n}d": _pooled for kind in ("max", "avg") for n in (1, 2, 3)},
     **{f"max_pool{n}d_with_indices": _pooled for n in (1, 2, 3)},
+    **{f"adaptive_{kind}_pool{n}d": _pooled_to_size for kind in ("max", "avg") for n in (1, 2, 3)},
     "interpolate": _interpolated,
     "upsample": _interpolated,
     "pad": _padded,
@@ -557,7 +581,12 @@ RULES: dict[str, Rule] = {
     "permute": _turned,
     "transpose": _exchanged,
     "swapaxes": _exchanged,
-    **dict.fromkeys(("flatten", "reshape", "view", "unflatten", "reshape_as"), _reshaped),
+    "swapdims": _exchanged,
+    "movedim": _moved,
+    "moveaxis": _moved,
+    **dict.fromkeys(
+        ("flatten", "unflatten", "reshape", "reshape_as", "view", "view_as"), _reshaped
+    ),
     **dict.fromkeys(("squeeze", "unsqueeze"), _reshaped),
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _split),
     **dict.fromkeys(("unbind", "select"), _selected),

@@ -17,15 +17,14 @@ from segkit.nn.gates import Gate
 
 logger = logging.getLogger(__name__)
 
-WHOLE_BLOCK = re.compile(r".*transformer(encoder|decoder)?(block|layer)")
+WHOLE_BLOCK = re.compile(r".*transformer(encoder|decoder)?(block|layer)([23]d)?")
 """Classes of whole blocks: attention, perceptron and their shortcuts."""
 ATTENTION = re.compile(
-    r".*(attention|attn|att)(block|gate|module)?([23]d)?"
-    r"|.*nonlocal(block|layer|module)?([1-3n]d)?"
-    r"|(s?w|e)?m(hs?|s)a(block|layer|module)?([23]d)?"
-    r"|(channel|spatial|residual|concurrent)*s?c?se(block|layer|module)?([23]d)?"
-    r"|c?bam(block)?|sablock|e?ca(block|layer|module)|epa|gcblock|lka([23]d)?"
-    r"|squeeze(and)?excit(e|ation)(block|layer)?"
+    r"(?!attentionlayer$)"  # MONAI's, which is a whole level of its AttentionUnet
+    r"((.*(attention|attn|att)|.*nonlocal|(s?w|e)?m(hs?|s)a|(channel|spatial|residual|concurrent)*"
+    r"s?c?se|squeeze(and)?excit(e|ation)|c?bam|eca|epa|lka)(gate)?(block|layer|module|unit)?"
+    r"([1-3n]d)?"
+    r"|([cs]a|gc)(block|layer)([23]d)?|camodule|[cp]ammodule)"
 )
 """Classes of attention, which may be a part of a block."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -106,7 +105,7 @@ def _around(name: str, modules: Mapping[str, nn.Module], calls: Mapping[str, Cal
         )
         if parent not in calls or not calls[parent].keeps_shape or convolves:
             break
-        if others and (calls[block].passes or calls[block].weighs):
+        if others and (calls[block].passes or calls[block].weighs or calls[block].opens):
             break
         block = parent
     return block

@@ -35,6 +35,21 @@ class TappedOutput:
 
 
 @dataclass(frozen=True)
+class TappedCells:
+    """A hook after a call. The output is a map whose cells lie along any axes."""
+
+    axes: tuple[int, ...]
+    """The axes of the cells; a single one if they are tokens."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        tap, last = getattr(module, TAP), tuple(range(-len(self.axes), 0))
+        moved = output.movedim(self.axes, last)
+        cells = tap.cells_of(moved.shape[-1]) if len(last) == 1 else moved.shape[-len(last) :]
+        tapped: Tensor = tap(moved.reshape(len(output), -1, *cells))
+        return tapped.reshape(moved.shape).movedim(last, self.axes)
+
+
+@dataclass(frozen=True)
 class TappedVector:
     """A hook after a call. The output is a map with a value for each channel."""
 
@@ -74,21 +89,22 @@ class TappedHeads:
 
 
 class ForeignTap(MapTap):
-    """A tap that knows the grid of the keys."""
+    """A tap that knows the grid of tokens, such as the keys of attention."""
 
     def __init__(self, kind: Any, *, shares: tuple[int, ...] = (), highest: float = 1.0) -> None:
         super().__init__(kind, highest=highest)
         self.shares = shares
-        """The cells of the keys' grid along each axis, in the run that placed the tap."""
+        """The cells of the tokens' grid along each axis, in the run that placed the tap."""
 
-    def cells_of(self, num_keys: int) -> tuple[int, ...]:
-        """The grid of the keys, which must be `num_keys` in number. Raises ModelError."""
+    def cells_of(self, num_tokens: int) -> tuple[int, ...]:
+        """The grid of the tokens, which must be `num_tokens` in number. Raises ModelError."""
         placed = math.prod(self.shares)
-        if num_keys != placed:
+        if num_tokens != placed:
             assert self.info is not None
+            tokens = "keys" if self.info.kind == "received" else "tokens"
             raise ModelError(
-                f"{self.info.key}: has positions for {placed} keys, found {num_keys} keys; record "
-                "it with an image of the size of the network's windows"
+                f"{self.info.key}: has positions for {placed} {tokens}, found {num_tokens} "
+                f"{tokens}; record it with an image of the size of the network's windows"
             )
         return self.shares
 
@@ -118,7 +134,8 @@ def record(
     output do not change. A map of the kind `spatial` can also be edited (`judge_gates`).
 
     - `nn.Sigmoid` or `nn.Softmax` over features: the output is the map, with a value for each cell
-      ('name/spatial') or for each channel ('name/channel').
+      ('name/spatial') or for each channel ('name/channel'). Cells may be tokens, or come before the
+      channels.
     - `nn.Softmax` of attention, (batch, heads, queries, keys), and `nn.MultiheadAttention`: the map
       is the attention that each key receives from all queries, for each head; 1 is an equal share
       ('name/received'). Attention (batch, queries, keys) has one head. `nn.MultiheadAttention`
@@ -240,6 +257,7 @@ def _made(
         and module.dim in (-1, len(shape) - 1)
         and (len(shape) == 4 or len(shape) == 3)
         and not (seen.followed is not None and not seen.followed.tokens)
+        and not _one_map(seen)
     )
     if attention:
         if shape[0] != image.shape[0]:
@@ -270,23 +288,49 @@ def _made(
             TappedHeads() if isinstance(module, nn.MultiheadAttention) else TappedKeys()
         )
         return tap, hooks
-    if len(shape) == 2 or (len(shape) == space + 2 and math.prod(shape[2:]) == 1 < shape[1]):
+    grid = tuple(range(2, space + 2))
+    followed = seen.followed if _has_cells(seen) else None
+    axes = grid if followed is None else followed.axes
+    vector = len(shape) == 2 or (len(shape) == space + 2 and math.prod(shape[2:]) == 1 < shape[1])
+    if vector and 1 not in axes and shape[0] == len(image):
         tap = ForeignTap("channel")
         tap.place(name, 0, Placement.identity(space))
         return tap, TappedVector(space)
-    placement = placements.get(name)
-    if placement is None and seen.followed is not None:
-        channels_first = seen.followed.axes == tuple(range(2, space + 2))
-        placement = seen.followed.placement if channels_first else None
-    if placement is None or len(shape) != space + 2:
+    placement = placements.get(name, followed.placement if followed is not None else None)
+    if placement is None and len(shape) == space + 2:
         raise ModelError(
             f"{name}: the positions of its output's cells {shape} in the input cannot be found; if "
             f"the output is (batch, channel, *cells), give placements={{{name!r}: "
             "segkit.Placement(stride, offset)} in voxels of the input"
         )
-    tap = ForeignTap("spatial")
+    if placement is None or (axes == grid and len(shape) != space + 2):
+        raise ModelError(
+            f"{name}: expected a map of cells, a vector (batch, channel), or attention (batch, "
+            f"heads, queries, keys), found an output {shape} whose axes cannot be told, such as "
+            "weights of branches; choose another module"
+        )
+    tap = ForeignTap(
+        "spatial", shares=followed.cells if followed is not None and followed.tokens else ()
+    )
     tap.place(name, _level(placement), placement)
-    return tap, TappedOutput()
+    return tap, TappedOutput() if axes == grid else TappedCells(axes)
+
+
+def _has_cells(seen: Seen) -> bool:
+    """Whether an output has axes of batch and cells, and at most one other, for channels."""
+    followed = seen.followed
+    return (
+        followed is not None
+        and followed.keys is None
+        and 0 not in followed.axes
+        and len(seen.shape) - len(followed.axes) in (1, 2)
+    )
+
+
+def _one_map(seen: Seen) -> bool:
+    """Whether an output is one map of all tokens, (batch, 1, tokens), and not attention."""
+    followed = seen.followed
+    return followed is not None and followed.axes == (2,) and seen.shape[1:2] == (1,)
 
 
 def _one_head(seen: Seen) -> bool:

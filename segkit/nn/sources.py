@@ -11,51 +11,77 @@ a matrix product. Three questions follow from the sources:
 
 An output that is added can become 0, and a factor can become 1, if nothing changed the 0 or the 1
 on its way: x + norm(attention(x)) is not x if the attention is 0, because the norm may add a bias.
+So the values that 0 and 1 become are followed too: in x * (1 + map(x)) the output can become 0.
 """
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 MIXING = re.compile(r"(?!upsample).*(conv|mm|mv|matmul|linear|attention|multi_head|einsum).*")
 """Names of operations with weights: convolutions and matrix products."""
-KEEPS_ONE = re.compile(
+KEEPS_VALUE = re.compile(
     r"_?(unsafe_)?(view|reshape)(_alias|_copy)?|permute|transpose|t|expand|(un)?squeeze|slice"
     r"|select|split(_with_sizes)?|unbind|clone|detach|alias|lift_fresh|_to_copy|repeat|flip|roll"
     r"|upsample_.*|_?adaptive_avg_pool.*|mean|amax|amin|dropout"
 )
-"""Names of operations that change the place of values, or their number, but neither 0 nor 1."""
-KEEPS_ZERO = re.compile(
-    r"(mul|div|neg|abs|relu|leaky_relu|elu|gelu|silu|tanh|hardtanh|sum|constant_pad_nd)_?"
-    r"|(avg|max)_pool.*|native_dropout"
+"""Names of operations that change the place of values, or their number, but not a value that is the
+same everywhere."""
+ON_EACH_VALUE = re.compile(
+    r"(add|sub|rsub|mul|div|pow|neg|abs|exp|sqrt|clamp|clamp_min|clamp_max|sigmoid|hardsigmoid"
+    r"|tanh|hardtanh|relu|leaky_relu|elu|gelu|silu|softplus)_?"
 )
-"""Names of operations that keep 0 as it is."""
-Kept = Literal["one", "zero", "nothing"]
-"""The value of an output that is the same in what is made of it: 0 and 1, only 0, or none."""
+"""Names of operations that change each value in the same way."""
+KEEPS_ZERO = re.compile(
+    r"(mul|div)_?|_prelu_kernel|sum|constant_pad_nd|(avg|max)_pool.*|native_dropout"
+)
+"""Names of other operations that keep 0 as it is; of products, those with weights."""
 
 
 @dataclass(frozen=True)
 class Use:
     """How a tensor holds the output of a call of a module."""
 
-    keeps: Kept
+    zero: float | None = 0.0
+    """The value of the tensor if the output were 0; None if there is no such value."""
+    one: float | None = 1.0
+    """The same if the output were 1."""
+    scaled: bool = False
+    """Whether the values are only factors, because another tensor was multiplied by the output."""
     weighed: frozenset[int] | None = None
     """The sources of the features by which the output was multiplied; None if it was not."""
     alone: bool = True
-    """Whether the tensor is 0 if the output is, so that nothing was added to it."""
+    """Whether nothing was added to the output. If not, a value is that of its part of the sum, and
+    only 0 is known."""
 
-    def after(self, name: str) -> "Use":
-        """The use in the result of an operation of this name."""
-        if self.keeps == "nothing" or KEEPS_ONE.fullmatch(name):
+    def after(self, name: str, change: Callable[[float], float | None]) -> "Use":
+        """The use in the result of an operation without other features.
+
+        Args:
+            name: name of the operation.
+            change: what the operation makes of a value; None if that is not known.
+        """
+        if KEEPS_VALUE.fullmatch(name):
             return self
-        return replace(self, keeps="zero" if KEEPS_ZERO.fullmatch(name) else "nothing")
+        zero, one = (
+            None if value is None or (value and self.scaled) else change(value)
+            for value in (self.zero, self.one)
+        )
+        changed = replace(self, zero=zero, one=one, scaled=False)
+        return changed if self.alone else changed.beside()
+
+    def beside(self) -> "Use":
+        """The use in a sum with other features."""
+        zero, one = (0.0 if value == 0 else None for value in (self.zero, self.one))
+        return replace(self, zero=zero, one=one, alone=False)
 
 
 class Sources(TorchDispatchMode):
@@ -74,7 +100,9 @@ class Sources(TorchDispatchMode):
         self.added: set[int] = set()
         """The calls whose output is added to features from which it is computed."""
         self.weighing: set[int] = set()
-        """The calls whose output is a factor of features from which it is computed."""
+        """The calls whose output is a factor of features from which it is computed. It may be 1."""
+        self.opening: set[int] = set()
+        """The calls whose output changes such a factor, which is 1 if the output is 0."""
         self.changed: set[int] = set()
         """The calls of which neither 0 nor 1 would leave such features as they are."""
 
@@ -102,7 +130,7 @@ class Sources(TorchDispatchMode):
 
     def output(self, tensor: Tensor, call: int) -> None:
         """Marks a tensor as the output of a call."""
-        self.uses[tensor] = {**self.uses_of(tensor), call: Use("one")}
+        self.uses[tensor] = {**self.uses_of(tensor), call: Use()}
 
     def __torch_dispatch__(
         self,
@@ -120,7 +148,8 @@ class Sources(TorchDispatchMode):
         if MIXING.fullmatch(name):
             sources = frozenset([next(self.numbers)])
         elif len(data) == 1:
-            uses = {call: use.after(name) for call, use in self.uses_of(data[0]).items()}
+            change = partial(_changed, func, args, named)
+            uses = {call: use.after(name, change) for call, use in self.uses_of(data[0]).items()}
         elif name.startswith(("add", "sub")):
             uses = self._summed(data)
         elif name.startswith("mul"):
@@ -136,7 +165,7 @@ class Sources(TorchDispatchMode):
         for first, second in itertools.permutations(data, 2):
             theirs = self.uses_of(second)
             for call, use in self.uses_of(first).items():
-                uses[call] = replace(use.after("sum"), alone=False)
+                uses[call] = use.beside()
                 if call in theirs:
                     continue
                 if use.weighed is None:
@@ -146,7 +175,8 @@ class Sources(TorchDispatchMode):
                         other.alone and other.weighed is not None for other in theirs.values()
                     )
                 if around:
-                    (self.changed if use.keeps == "nothing" else self.added).add(call)
+                    neutral = {use.zero: self.added, use.one: self.weighing}
+                    neutral.get(0, self.changed).add(call)
         return uses
 
     def _multiplied(self, data: Sequence[Tensor]) -> dict[int, Use]:
@@ -154,13 +184,38 @@ class Sources(TorchDispatchMode):
         uses: dict[int, Use] = {}
         for first, second in itertools.permutations(data, 2):
             for call, use in self.uses_of(first).items():
-                uses[call] = use.after("mul")
+                uses[call] = replace(use, scaled=True)
                 if self.features[call] & self.of(second):
-                    (self.weighing if use.keeps == "one" else self.changed).add(call)
+                    neutral = {use.zero: self.opening, use.one: self.weighing}
+                    neutral.get(1, self.changed).add(call)
                     uses[call] = replace(uses[call], weighed=self.of(second))
+                    if use.zero == 1:  # whatever comes next, the features are as they were
+                        del uses[call]
         return uses
 
 
 def tensors_in(values: object) -> list[Tensor]:
     """All tensors in nested lists, tuples and dicts."""
     return [part for part in tree_leaves(values) if isinstance(part, Tensor)]
+
+
+def _changed(
+    func: Any, args: tuple[Any, ...], named: Mapping[str, Any], value: float
+) -> float | None:
+    """What an operation makes of a value; None if that is not known.
+
+    Args:
+        func: the operation.
+        args: its arguments.
+        named: its named arguments.
+        value: a value that its only tensor would have everywhere.
+    """
+    name = func.overloadpacket.__name__
+    tensors = tensors_in((args, dict(named)))
+    if len(tensors) == 1 and tensors[0].is_floating_point() and ON_EACH_VALUE.fullmatch(name):
+        constant = tensors[0].new_full((), value)
+        given, others = tree_map(
+            lambda part: constant if isinstance(part, Tensor) else part, (args, dict(named))
+        )
+        return float(func(*given, **others))
+    return 0.0 if value == 0 and KEEPS_ZERO.fullmatch(name) else None

@@ -20,6 +20,9 @@ LAYERS: dict[str, Callable[[Tensor], Tensor]] = {
     "dilation": lambda x: F.conv1d(x, mean_kernel(3), dilation=2, padding=1),
     "same": lambda x: F.conv1d(x, mean_kernel(3), padding="same"),
     "pool": lambda x: F.avg_pool1d(x, 2),
+    "pool to a size": lambda x: F.adaptive_avg_pool1d(x, 8),
+    "moved axis": lambda x: x[None].movedim((-1, 0), (1, -1))[:, ::2, 0].movedim(-2, -1),
+    "viewed": lambda x: x.flatten(1)[:, None].view_as(x).expand_as(x)[..., 1::2],
     "two pools": lambda x: F.avg_pool1d(F.avg_pool1d(x, 2), 3, stride=1),
     "linear": lambda x: F.interpolate(x, scale_factor=2, mode="linear"),
     "corners": lambda x: F.interpolate(x, size=9, mode="linear", align_corners=True),
@@ -84,6 +87,14 @@ def test_transposed_convolutions_place_cells_in_the_middle_of_their_outputs(
     followed = follower.of(features)
     assert followed is not None
     assert (followed.placement.stride[0], followed.placement.offset[0]) == expected
+
+
+def test_pooling_to_cells_of_several_sizes_or_to_one_has_no_placement() -> None:
+    image = torch.zeros(1, 1, 12)
+    with Follower(image) as follower:
+        assert follower.of(F.adaptive_avg_pool1d(image, 5)) is None
+        assert follower.of(F.adaptive_max_pool1d(image, 1)) is None
+        assert follower.of(F.adaptive_max_pool1d(image, 4)) is not None
 
 
 def test_tokens_are_followed_and_come_back_to_their_grid() -> None:

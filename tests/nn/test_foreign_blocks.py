@@ -375,8 +375,11 @@ def itself(x: Tensor, other: Tensor) -> Tensor:
         (lambda own, x, y: own.attention(x).expand_as(x) * x + y, lambda x, y: x + y),
         (lambda own, x, y: x + x * own.attention(x), itself),
         (lambda own, x, y: x + 0.5 * own.attention(own.norm(x)), itself),
+        (lambda own, x, y: x * (1 + own.attention(x)), itself),
+        (lambda own, x, y: y + x * (1 - 0.5 * own.attention(x)), lambda x, y: y + x),
+        (lambda own, x, y: x + 2 * torch.sigmoid(own.attention(x)) * x, lambda x, y: 2 * x),
     ],
-    ids=["factor", "factor of one of two", "factor in a branch", "branch"],
+    ids=["factor", "factor of one of two", "factor in a branch", "branch", "1 +", "1 -", "2 s"],
 )
 def test_attention_that_only_returns_a_map_lets_its_features_through(
     attention: type[nn.Module], use: Callable[..., Tensor], without: Callable[..., Tensor]
@@ -394,8 +397,17 @@ def test_attention_that_only_returns_a_map_lets_its_features_through(
         assert_close(network(half), expected)
 
 
-def test_both_parts_of_cbam_let_their_features_through() -> None:
-    network = Used(nn.Identity(), lambda own, x, y: own.cells(own.channels(x) * x) * x + y)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda own, x, y: own.cells(own.channels(x) * x) * x + y,
+        lambda own, x, y: own.cells(x) * own.channels(x) * x + y,
+        lambda own, x, y: (1 + own.cells(x) * own.channels(x)) * x + y,
+    ],
+    ids=["one after the other", "product", "1 + product"],
+)
+def test_both_parts_of_cbam_let_their_features_through(use: Callable[..., Tensor]) -> None:
+    network = Used(nn.Identity(), use)
     network.channels, network.cells = ChannelAttention(), SpatialAttention()
     assert list(attention_blocks(network.eval(), FEATURES)) == ["channels", "cells"]
     with as_identity(network, ["channels", "cells"]):
@@ -423,11 +435,12 @@ def test_attention_that_also_returns_its_map_has_an_unknown_map_as_identity() ->
     "use",
     [
         lambda own, x, y: x * torch.tanh(own.attention(x)),
-        lambda own, x, y: x * (1 + own.attention(x)),
+        lambda own, x, y: (lambda found: own.norm(x * found) + x * (1 - found))(own.attention(x)),
+        lambda own, x, y: x * (own.attention(x) + own.attention(y)),
         lambda own, x, y: x + own.norm(own.attention(x)),
         lambda own, x, y: x + own.attention(x) + y * own.attention(y),
     ],
-    ids=["factor after a function", "factor beside 1", "branch after a norm", "two roles"],
+    ids=["factor after a function", "share and rest", "sum", "branch after a norm", "two roles"],
 )
 def test_attention_that_no_value_can_replace_is_named_and_refused(
     use: Callable[..., Tensor], caplog: pytest.LogCaptureFixture
@@ -511,6 +524,14 @@ def test_non_local_blocks_mhsa_and_coordinate_attention_are_found_by_their_names
     assert list(found) == [str(number) for number in range(11)]
     with as_identity(network, found):
         assert torch.equal(network(FEATURES), FEATURES)
+
+
+def test_attention_of_3d_networks_is_found_by_names_that_say_so() -> None:
+    others = ("CBAM3D", "CBAMLayer", "ECA3D", "SqueezeAndExcitation3D", "SelfAttentionLayer")
+    network = named(*others, "_GridAttentionBlockND", "AttentionGateBlock", "CAM_Module", "ECA")
+    network.append(named("SwinTransformerBlock3D"))
+    blocks = [*map(str, range(9)), "9.0"]
+    assert list(attention_blocks(network, FEATURES)) == blocks
 
 
 def test_names_that_only_look_like_attention_are_not_found() -> None:

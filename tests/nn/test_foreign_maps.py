@@ -312,6 +312,60 @@ def test_three_axes_of_which_the_last_two_are_not_queries_and_keys_are_refused(
         record(SingleHead(2), torch.zeros(2, 1, 8, 8), [name])
 
 
+class Weighing(nn.Module):
+    """Features weighed by a map of cells that are tokens, or come before the channels."""
+
+    def __init__(self, spatial_dims: int) -> None:
+        super().__init__()
+        convolution = (nn.Conv2d, nn.Conv3d)[spatial_dims - 2]
+        self.embed = convolution(1, 8, 3, stride=2, padding=1)
+        self.logits = nn.Linear(8, 1)
+        self.tokens, self.grid, self.flat = nn.Sigmoid(), nn.Sigmoid(), nn.Sigmoid()
+        self.context, self.branches = nn.Softmax(dim=-1), nn.Softmax(dim=1)
+        self.mixed = nn.Sigmoid()
+
+    def forward(self, image: Tensor) -> Tensor:
+        features = self.embed(image)
+        tokens, last = features.flatten(2).transpose(1, 2), features.movedim(1, -1)
+        token_map = self.tokens(self.logits(tokens))
+        grid_map = self.grid(self.logits(last))
+        flat_map = self.flat(self.logits(tokens).squeeze(-1))
+        context = self.context(self.logits(tokens).transpose(1, 2))
+        self.branches(tokens.mean(1).view(len(image), 2, 4))
+        self.mixed(self.logits(tokens.flatten(0, 1)))
+        self.maps = token_map[..., 0], grid_map.flatten(1), flat_map, context[:, 0]
+        weighed = tokens * token_map + tokens * flat_map[..., None]
+        pooled = context @ tokens + (last * grid_map).flatten(1, -2)
+        return (weighed + pooled).transpose(1, 2).reshape(features.shape)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_maps_of_tokens_and_of_cells_before_channels_are_read_and_can_be_changed(
+    spatial_dims: int,
+) -> None:
+    torch.manual_seed(0)
+    network, names = Weighing(spatial_dims).eval(), ["tokens", "grid", "flat", "context"]
+    image = torch.randn(2, 1, *(8, 12, 4)[:spatial_dims])
+    whole = network(image)
+    infos = record(network, image, names)
+    assert list(infos) == [f"{name}/spatial" for name in names]
+    place = Placement((2,) * spatial_dims, (0,) * spatial_dims)
+    assert {info.placement for info in infos.values()} == {place}
+    with recording(network) as maps:
+        assert torch.equal(network(image), whole)
+    for key, expected in zip(infos, network.maps, strict=True):
+        assert maps[key].shape == (2, 1, *(4, 6, 2)[:spatial_dims])
+        assert torch.equal(maps[key].flatten(1), expected)
+    with editing(network, dict.fromkeys(infos, torch.zeros_like)):
+        assert torch.equal(network(image), torch.zeros_like(whole))
+
+
+@pytest.mark.parametrize(("name", "shape"), [("branches", "2, 2, 4"), ("mixed", "32, 1")])
+def test_weights_of_branches_and_cells_of_several_images_are_no_map(name: str, shape: str) -> None:
+    with pytest.raises(ModelError, match=rf"{name}: expected a map of cells, .*\({shape}\)"):
+        record(Weighing(2), torch.zeros(2, 1, 8, 8), [name])
+
+
 def test_a_window_of_monais_swin_unetr_that_is_the_whole_grid_is_recorded() -> None:
     network = SwinUNETR(1, 2, feature_size=12, spatial_dims=2, patch_size=2)
     name = "swinViT.layers4.0.blocks.0.attn.softmax"
