@@ -68,7 +68,9 @@ def evidence_of(planted: Planted, dims: int, count: int, seed: int) -> list[Case
 
 def word_of(planted: Planted, verdicts: Sequence[GateVerdict]) -> str:
     """The verdict on the gate; marked if it is for the wrong structure or direction."""
-    verdict = next(one for one in verdicts if one.map == f"skip.{planted.target}/gate")
+    verdict = next((one for one in verdicts if one.map == f"skip.{planted.target}/gate"), None)
+    if verdict is None:  # the structure is in none of these scans
+        return "no verdict"
     word = str(verdict.word)
     right = verdict.structure in (planted.structure, "foreground")
     if planted.useful and word in SURE and not (right and verdict.direction in planted.directions):

@@ -7,7 +7,8 @@ and their names. Three forms of such modules, called joins, are known:
 - a module that is called with coarse features and a skip: MONAI's DynUNet, BasicUNet, UNETR and
   SwinUNETR, the decoder blocks of segmentation_models_pytorch;
 - MONAI's `SkipConnection`, in its UNet: the skip and the features from below, on one grid;
-- a decoder with the lists `transpconvs` and `stages`, as nnU-Net's.
+- a module that is called with a concatenation of upsampled features and a skip, as in nnU-Net's and
+  in `self.conv(torch.cat([self.up(x), skip], dim=1))`.
 
 In the last two, the skip may be the first or the last of the channels: their values tell it.
 """
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from segkit.errors import ModelError
 from segkit.geometry.grid import Placement
 from segkit.nn.blocks import CONV_FUNCTION
+from segkit.nn.concatenations import Concatenation, Concatenations, Half, half_of
 from segkit.nn.follow import Follower, followed_calls
 from segkit.nn.foreign_blocks import is_attention
 from segkit.nn.gates import AdditiveGridGate
@@ -137,26 +139,6 @@ class GatedArgument:
 
 
 @dataclass(frozen=True)
-class Half:
-    """The channels of a skip in features that were concatenated from it and from others."""
-
-    channels: int
-    first: bool
-    """Whether they are the first; else they are the last."""
-
-    def parted(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        """The skip, and the other channels."""
-        if self.first:
-            return both[:, : self.channels], both[:, self.channels :]
-        other = both.shape[1] - self.channels
-        return both[:, other:], both[:, :other]
-
-    def joined(self, skip: Tensor, other: Tensor) -> Tensor:
-        """The opposite of `parted`."""
-        return torch.cat([skip, other] if self.first else [other, skip], dim=1)
-
-
-@dataclass(frozen=True)
 class GatedConnection:
     """A hook after a call of a `SkipConnection`, which gates the skip in its output."""
 
@@ -231,7 +213,8 @@ def gate(
     Args:
         network: MONAI's DynUNet, BasicUNet, UNet, UNETR or SwinUNETR, a U-Net of
             segmentation_models_pytorch, nnU-Net's PlainConvUNet or ResidualEncoderUNet, or another
-            network whose skips join the decoder in one of these forms.
+            network whose skips join the decoder in one of these forms, such as
+            `self.conv(torch.cat([self.up(x), skip], dim=1))`.
         image: an input, (batch, channel, *space), whose sizes are multiples of the network's
             strides. The network runs twice, on noise of this shape.
         skips: names (`named_modules`) of the modules in which skips join the decoder. If None, all
@@ -258,8 +241,8 @@ def gate(
     if not joins:
         raise ModelError(
             f"{type(network).__name__}: found no skip connection to gate; expected a module that "
-            "is called with coarse features and a skip, MONAI's SkipConnection (by "
-            "concatenation), or a decoder with the lists transpconvs and stages, as in nnU-Net"
+            "is called with coarse features and a skip, or with the concatenation of a skip and of "
+            "features that a module upsampled, or MONAI's SkipConnection (by concatenation)"
         )
     coarser = [join.module for join in joins if join.cells != joins[0].cells]
     wanted = (coarser or names) if skips is None else list(skips)
@@ -285,22 +268,17 @@ def find_joins(network: nn.Module, image: Tensor) -> list[FoundJoin]:
     found: dict[str, FoundJoin] = {}
     calls: Counter[str] = Counter()
     modules = dict(network.named_modules())
-    ups = _concatenations(modules)
-    signals: dict[str, tuple[Tensor, Tensor]] = {}
+    concatenations = Concatenations(modules, image.ndim)
     # Values of noise tell features apart; an image of zeros might not.
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
 
     def watch(
         name: str, args: tuple[Any, ...], named: Mapping[str, Any], output: Any, follower: Follower
     ) -> None:
-        join = None
         if is_attention(modules[name]):  # a gate of segkit's, or the network's own
             return
-        if name in ups.values():
-            signals[name] = (args[0], output)
-        elif ups.get(name) in signals:
-            join = _concatenated(name, ups[name], args[0], *signals.pop(ups[name]), follower)
-        elif type(modules[name]).__name__ == "SkipConnection":
+        concatenations.watch(name, args, output, follower)
+        if type(modules[name]).__name__ == "SkipConnection":
             join = _connected(name, args, output, follower)
         else:
             join = _called(name, modules[name], args, named, output, follower, noise.ndim)
@@ -317,6 +295,12 @@ def find_joins(network: nn.Module, image: Tensor) -> list[FoundJoin]:
         if join.form != "arguments" or not any(other.startswith(f"{name}.") for other in found)
     ]
     used = _using_skips(network, noise, inner)
+    concatenated = concatenations.found(within={join.module for join in inner})
+    times = Counter(one.module for one in concatenated)
+    used += [
+        replace(_concatenated(one), calls=times[one.module])
+        for one in {one.module: one for one in reversed(concatenated)}.values()
+    ]
     return sorted(used, key=lambda join: -math.prod(join.cells))
 
 
@@ -353,46 +337,18 @@ def _using_skips(network: nn.Module, image: Tensor, joins: Sequence[FoundJoin]) 
     return [join for join in joins if join.module not in unused]
 
 
-def _concatenations(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Names of nnU-Net's transposed convolutions, by that of the convolutions that follow."""
-    found = {}
-    for name, module in modules.items():
-        ups, stages = (getattr(module, part, None) for part in ("transpconvs", "stages"))
-        if isinstance(ups, nn.ModuleList) and isinstance(stages, nn.ModuleList):
-            prefix = f"{name}." if name else ""
-            for number in range(min(len(ups), len(stages))):
-                found[f"{prefix}stages.{number}"] = f"{prefix}transpconvs.{number}"
-    return found
-
-
-def _concatenated(
-    name: str, before: str, both: Tensor, signal: Tensor, upsampled: Tensor, follower: Follower
-) -> FoundJoin | None:
-    """The join of nnU-Net's form, from a call of its convolutions; None if it has another order.
-
-    Args:
-        name: name of the convolutions.
-        before: name of the transposed convolution.
-        both: the input of the convolutions: the upsampled features and the skip, in any order.
-        signal: the input of the transposed convolution.
-        upsampled: its output.
-        follower: knows the positions of features.
-    """
-    others = _half_of(upsampled, both)
-    if others is None:
-        return None
-    half = Half(both.shape[1] - others.channels, not others.first)
-    followed = follower.of(both)
+def _concatenated(one: Concatenation) -> FoundJoin:
+    """The join of upsampled features and a skip."""
     return FoundJoin(
-        name,
+        one.module,
         "concatenation",
-        half.channels,
-        signal.shape[1],
-        tuple(both.shape[2:]),
-        tuple(signal.shape[2:]),
-        followed.placement if followed is not None else None,
-        half=half,
-        before=before,
+        one.half.channels,
+        one.coarse.shape[1],
+        tuple(one.both.shape[2:]),
+        tuple(one.coarse.shape[2:]),
+        one.followed.placement if one.followed is not None else None,
+        half=one.half,
+        before=one.before,
     )
 
 
@@ -401,7 +357,7 @@ def _connected(
 ) -> FoundJoin | None:
     """The join of a `SkipConnection`, from its call; None if it does not concatenate."""
     skip = args[0]
-    half = _half_of(skip, output) if isinstance(output, Tensor) else None
+    half = half_of(skip, output) if isinstance(output, Tensor) else None
     if half is None:
         return None
     followed = follower.of(skip)
@@ -409,16 +365,6 @@ def _connected(
     place = followed.placement if followed is not None else None
     below = output.shape[1] - half.channels
     return FoundJoin(name, "connection", half.channels, below, cells, cells, place, half=half)
-
-
-def _half_of(part: Tensor, both: Tensor) -> Half | None:
-    """The channels of `both` that are `part`; None if these are neither the first nor the last."""
-    if part.shape[2:] != both.shape[2:] or part.shape[1] >= both.shape[1]:
-        return None
-    for half in (Half(part.shape[1], first=True), Half(part.shape[1], first=False)):
-        if torch.equal(half.parted(both)[0], part):
-            return half
-    return None
 
 
 def _called(
@@ -521,8 +467,11 @@ def _put(network: nn.Module, join: FoundJoin, made: OpenGate) -> None:
             module.register_forward_hook(GatedConnection(join.half))
         case "concatenation":
             assert join.half is not None
-            before, holder = network.get_submodule(join.before), LatestSignal()
+            before = network.get_submodule(join.before)
+            holder = getattr(before, SIGNAL, None)  # of another level, if both share the module
+            if holder is None:
+                holder = LatestSignal()
+                before.add_module(SIGNAL, holder)
+                before.register_forward_pre_hook(KeptSignal())
             module.add_module(SIGNAL, holder)
-            before.add_module(SIGNAL, holder)
-            before.register_forward_pre_hook(KeptSignal())
             module.register_forward_pre_hook(GatedConcatenation(join.half))
