@@ -85,9 +85,9 @@ def test_steps_that_do_not_fit_into_the_time_are_told(told: DryRun) -> None:
     ) in "\n".join(slow.lines())
     assert "one step: 250 ms (mean of 10), loss" in "\n".join(slow.lines())
     limited = replace(slow, config=changed(told.config, ["train.minutes=0.25"]))
-    # Of 15 s, 0.75 s for preparing and 5.1 s for scoring the one case; a validation of 0.1 s after
-    # each two steps of 0.25 s. So 9.15 s hold 15 validations and 30.6 steps.
-    assert "train.minutes=0.25 limits it, in which about 31 steps fit" in "\n".join(limited.lines())
+    # Of 15 s, 0.75 s for preparing and 1.1 s for scoring the one case; a validation of 0.1 s after
+    # each two steps of 0.25 s. So 13.15 s hold 21.9 validations and 43.8 steps.
+    assert "train.minutes=0.25 limits it, in which about 44 steps fit" in "\n".join(limited.lines())
     fast = replace(told, seconds=0.001)
     assert fast.fitting == 1000 and "max_time" not in "\n".join(fast.lines())
     unhurried = replace(slow, config=changed(told.config, ["trainer.max_time=null"]))
