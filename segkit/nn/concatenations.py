@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from segkit.nn.follow import Followed, Follower
+from segkit.nn.foreign_blocks import is_inside
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,9 @@ class Concatenations:
         for calls in self.received.values():
             names = [call.module for call in calls]
             outermost = [
-                call for call in calls if not any(_is_within(call.module, other) for other in names)
+                call for call in calls if not any(is_inside(call.module, other) for other in names)
             ]
-            if len(outermost) != 1 or any(_is_within(outermost[0].module, one) for one in within):
+            if len(outermost) != 1 or any(is_inside(outermost[0].module, one) for one in within):
                 continue
             # An nn.Sequential would call a gate as a layer, so its first layer gets the gate.
             inwards = sorted(calls, key=lambda call: call.module.count("."))
@@ -149,7 +150,3 @@ class Concatenations:
 
 def _is_finer(cells: Sequence[int], than: Sequence[int]) -> bool:
     return cells != than and all(new >= old for new, old in zip(cells, than, strict=True))
-
-
-def _is_within(name: str, other: str) -> bool:
-    return name != other and (not other or name.startswith(f"{other}."))

@@ -119,5 +119,10 @@ def _named_attention(module: nn.Module) -> bool:
     return any(names.fullmatch(_kind(module)) for names in (WHOLE_BLOCK, ATTENTION))
 
 
+def is_inside(name: str, other: str) -> bool:
+    """Whether a module is a part of another, by their names in `named_modules`."""
+    return name != other and (not other or name.startswith(f"{other}."))
+
+
 def _within(name: str, others: list[str]) -> bool:
-    return any(not other or name == other or name.startswith(f"{other}.") for other in others)
+    return any(name == other or is_inside(name, other) for other in others)

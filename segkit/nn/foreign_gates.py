@@ -29,7 +29,7 @@ from segkit.geometry.grid import Placement
 from segkit.nn.blocks import CONV_FUNCTION
 from segkit.nn.concatenations import Concatenation, Concatenations, Half, half_of
 from segkit.nn.follow import Follower, followed_calls
-from segkit.nn.foreign_blocks import is_attention
+from segkit.nn.foreign_blocks import is_attention, is_inside
 from segkit.nn.gates import AdditiveGridGate
 from segkit.nn.map_tap import MapTap
 from segkit.nn.running import in_prediction
@@ -292,7 +292,7 @@ def find_joins(network: nn.Module, image: Tensor) -> list[FoundJoin]:
     inner = [
         replace(join, calls=calls[name])
         for name, join in found.items()
-        if join.form != "arguments" or not any(other.startswith(f"{name}.") for other in found)
+        if join.form != "arguments" or not any(is_inside(other, name) for other in found)
     ]
     used = _using_skips(network, noise, inner)
     concatenated = concatenations.found(within={join.module for join in inner})
