@@ -3,9 +3,10 @@
 - the intensity of each channel: unchanged, smoothed with Gaussians of half a cell to eight cells,
   and averaged over boxes;
 - the gradient magnitude of the intensity, unchanged and smoothed;
-- other fixed functions of the intensity (`OTHER`): its ranks, its deviation, its highest and lowest
-  value, the difference of two smoothings, its distance from the structure's own median, its texture
-  in each direction, and its entropy;
+- other fixed functions of the intensity (`OTHER`): its ranks, its deviation, its highest, lowest
+  and median value, its openings and closings, the difference of two smoothings, its difference from
+  the local mean in local deviations, its distance from the structure's own median, its texture in
+  each direction, and its entropy;
 - the same gate of several untrained networks (`untrained`);
 - the mean map of other scans, cell by cell of the processed part of each scan (`mean_maps`).
 
@@ -19,22 +20,25 @@ cells.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool
 from numpy import ndarray
-from scipy import stats
-from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter, uniform_filter
-from scipy.special import xlogy
+from scipy.ndimage import gaussian_filter, uniform_filter
 
 from segkit.explain.measures.cells import Cells, gradient_length
-from segkit.explain.measures.ranks import without_rounding_noise
+from segkit.explain.measures.fixed_functions import (
+    CellValues3d,
+    binned,
+    entropy,
+    ranked,
+    squared_differences,
+    standardised,
+    window_functions,
+)
 from segkit.geometry.grid import Grid
-from segkit.geometry.resample import resample_known
 
 SMOOTHING_WIDTHS = tuple(round(2.0 ** (step / 4), 2) for step in range(-4, 13))
 """Standard deviations of Gaussians, 0.5 to 8 cells along the map's finest axis. The steps are so
@@ -58,47 +62,20 @@ OTHER = (
     "closeness",
     "texture",
     "entropy",
+    "median",
+    "opening",
+    "closing",
+    "standardised",
 )
 """How the names of further functions of the intensity begin. Each stands for a kind of map that
 needs no training: a monotone change of the intensity, its local spread, a pooled maximum or
-minimum, a Laplacian, a band of intensities, a texture of one direction, a local histogram."""
-NUM_QUANTILES = 256
-ENTROPY_BINS = 8
-"""Bins of the histograms whose entropy is a comparator, with equally many voxels each."""
+minimum, a Laplacian, a band of intensities, a texture of one direction, a local histogram, a filter
+that removes single voxels or thin parts, a local contrast."""
 DELETED_WIDTHS = (1.0, 4.0)
 """Standard deviations, in cells, of the smoothed intensities for deletion. They are few, because
 each needs several passes over the volume."""
-MOST_CELLS = 2**17
-"""Largest number of cells inside, and outside, for an AUROC. If there are more, a random sample of
-this size is used."""
-RANKED_AT_ONCE = 2**20
-"""About so many cells of comparators are held in memory and ranked in one step."""
 SAME_PITCH = 0.01
 """Cells count as equally long along all axes if their lengths differ by at most this share."""
-BOX_CELLS = 32
-"""Largest number of cells kept along each axis of a map, to compare it with other scans."""
-BEYOND_WEIGHT = 1e-6
-"""Weight of a map's outermost cell beyond its end. It counts only if no other map has the cell."""
-ALIGNMENTS: dict[str, Callable[[ndarray, int, int], ndarray]] = {
-    "": lambda cells, own, other: (cells + 0.5) * other / own - 0.5,
-    "from the low corner": lambda cells, own, other: cells,
-    "from the high corner": lambda cells, own, other: cells + other - own,
-    "from the centre": lambda cells, own, other: cells + (other - own) / 2,
-}
-"""For each alignment of two maps: the positions of cells of one map, whose axis has `own` cells, on
-the axis of another map with `other` cells. The first one aligns both ends of the axis."""
-
-AXES = "xyz"
-
-CellValues3d = Float[ndarray, "x y z"]
-
-
-class ThinnedMap(NamedTuple):
-    """A channel of a map, thinned by `boxed`."""
-
-    values: CellValues3d
-    shape: tuple[int, ...]
-    """Shape of the map before it was thinned."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +184,7 @@ def _window(count: int, shape: Sequence[int], across: int | None) -> list[int]:
 def _other_functions(
     of: str, image: CellValues3d, cells: Cells, smoothing: _Smoothing, across: int | None
 ) -> Iterator[tuple[str, CellValues3d]]:
-    """Ranks, extremes, deviation and entropy of one channel's intensity, on a map's cells.
+    """Functions of one channel's intensity in each cell and in windows of voxels, on a map's cells.
 
     Args:
         of: the end of a name, which names the channel of a scan with several ones.
@@ -216,23 +193,26 @@ def _other_functions(
         smoothing: the Gaussians on the map's grid.
         across: the axis across the slices that a 2D network sees; None for a 3D network.
     """
-    size = _window(3, image.shape, across)
     centred = image - np.float32(image.mean())
     mean, square = (cells.mean(one).astype(np.float64) for one in (centred, centred**2))
-    ranked = _ranked(image)
-    bins = [cells.mean(one).astype(np.float64) for one in _binned(ranked)]
+    ranks = ranked(image)
+    bins = [cells.mean(one).astype(np.float64) for one in binned(ranks)]
+    window = _window(3, image.shape, across)
     functions = {
-        f"rank{of}": cells.mean(ranked),
+        f"rank{of}": cells.mean(ranks),
         f"maximum{of}": -cells.lowest(-image),
         f"minimum{of}": cells.lowest(image),
-        f"maximum{of} over 3 voxels": cells.mean(maximum_filter(image, size)),
-        f"minimum{of} over 3 voxels": cells.mean(minimum_filter(image, size)),
-        f"deviation{of} over 3 voxels": cells.mean(_deviation(centred, size)),
+    } | {
+        f"{name}{of} over 3 voxels": cells.mean(values)
+        for name, values in window_functions(image, window).items()
     }
     for gaussian in smoothing.over(OTHER_WIDTHS):
-        variance = gaussian(square) - gaussian(mean) ** 2
-        yield f"deviation{of}{gaussian.name}", np.sqrt(np.maximum(variance, 0))
-        yield f"entropy{of}{gaussian.name}", _entropy([gaussian(share) for share in bins])
+        local = gaussian(mean)
+        deviation = np.sqrt(np.maximum(gaussian(square) - local**2, 0))
+        yield f"deviation{of}{gaussian.name}", deviation
+        if any(gaussian.sigma):
+            yield f"standardised{of}{gaussian.name}", standardised(mean, local, deviation)
+        yield f"entropy{of}{gaussian.name}", entropy([gaussian(share) for share in bins])
         for name, values in functions.items():
             yield name + gaussian.name, gaussian(values.astype(np.float64))
 
@@ -290,67 +270,6 @@ def closeness_comparators(
     return found
 
 
-def _deviation(image: Float[ndarray, "x y z"], size: Sequence[int]) -> Float[ndarray, "x y z"]:
-    """The standard deviation of the intensity in a window around each voxel."""
-    variance = uniform_filter(image**2, size) - uniform_filter(image, size) ** 2
-    deviation: ndarray = np.sqrt(np.maximum(variance, 0))
-    return deviation
-
-
-def squared_differences(
-    image: Float[ndarray, "x y z"], *, across: int | None = None
-) -> dict[str, Float[ndarray, "x y z"]]:
-    """For each direction, the mean squared difference between each voxel and its two neighbours.
-
-    It is a variogram at one voxel of distance (Matheron 1963, doi:10.2113/gsecongeo.58.8.1246). The
-    directions are the axes, named x, y and z, and the diagonals of two axes, such as "x and -y".
-    Axes with one voxel are left out, and so is the axis `across` slices.
-    """
-    axes = [axis for axis, size in enumerate(image.shape) if size > 1 and axis != across]
-    directions: dict[str, dict[int, int]] = {AXES[axis]: {axis: 1} for axis in axes}
-    for first, second in itertools.combinations(axes, 2):
-        directions[f"{AXES[first]} and {AXES[second]}"] = {first: 1, second: 1}
-        directions[f"{AXES[first]} and -{AXES[second]}"] = {first: 1, second: -1}
-    found = {}
-    for name, steps in directions.items():
-        ahead, behind = (
-            tuple(_shifted(side * steps.get(axis, 0)) for axis in range(image.ndim))
-            for side in (1, -1)
-        )
-        squares = (image[ahead] - image[behind]) ** 2
-        total, count = np.zeros_like(image), np.zeros_like(image)
-        for part in (ahead, behind):
-            total[part] += squares
-            count[part] += 1
-        found[name] = total / np.maximum(count, 1)
-    return found
-
-
-def _shifted(step: int) -> slice:
-    """The voxels of an axis that have a neighbour one step back (1) or one step ahead (-1)."""
-    return {1: slice(1, None), -1: slice(None, -1), 0: slice(None)}[step]
-
-
-def _binned(ranked: Float[ndarray, "x y z"]) -> list[Float[ndarray, "x y z"]]:
-    """For each bin of ranks, whether each voxel lies in it."""
-    bins = np.minimum((ranked * ENTROPY_BINS).astype(np.int64), ENTROPY_BINS - 1)
-    return [(bins == number).astype(np.float32) for number in range(ENTROPY_BINS)]
-
-
-def _entropy(shares: Sequence[CellValues3d]) -> CellValues3d:
-    """The entropy of the shares of bins in each cell."""
-    entropy: ndarray = -sum(xlogy(share, share) for share in np.maximum(shares, 0))
-    return entropy
-
-
-def _ranked(image: Float[ndarray, "x y z"]) -> Float[ndarray, "x y z"]:
-    """Each voxel's share of voxels below it, to within 1 / `NUM_QUANTILES`, from 0 to 1."""
-    thinned = image.ravel()[:: max(1, image.size // MOST_CELLS)]
-    shares = np.linspace(0, 1, NUM_QUANTILES)
-    ranked: ndarray = np.interp(image, np.quantile(thinned, shares), shares)
-    return ranked.astype(np.float32)
-
-
 def deleted_comparators(names: Sequence[str]) -> list[str]:
     """The image comparators that are also used for deletion.
 
@@ -367,170 +286,3 @@ def deleted_comparators(names: Sequence[str]) -> list[str]:
         )
         or (name.startswith("intensity") and any(name.endswith(end) for end in smoothed))
     ]
-
-
-class Sides:
-    """The cells inside and outside a structure, for the AUROC of maps on one grid.
-
-    Args:
-        inside: the cells in the structure.
-        counted: the cells that count.
-        seed: seed of the random sample, if a side has more than `MOST_CELLS` cells.
-    """
-
-    def __init__(
-        self, inside: Bool[ndarray, "x y z"], counted: Bool[ndarray, "x y z"], *, seed: int = 0
-    ) -> None:
-        random = np.random.default_rng(seed)
-        sides = [np.flatnonzero(inside & counted), np.flatnonzero(~inside & counted)]
-        self.within, self.beyond = (
-            random.choice(side, MOST_CELLS, replace=False) if side.size > MOST_CELLS else side
-            for side in sides
-        )
-        self.cells = np.concatenate([self.within, self.beyond])
-        self.labels = np.arange(self.cells.size) < self.within.size
-
-    @property
-    def both(self) -> bool:
-        """Whether there are cells both inside and outside."""
-        return self.within.size > 0 and self.beyond.size > 0
-
-    def auroc(self, values: CellValues3d) -> float:
-        """The AUROC of a map; NaN if there is no cell inside or none outside."""
-        return self.aurocs({"map": values})["map"]
-
-    def aurocs(self, maps: Mapping[str, CellValues3d]) -> dict[str, float]:
-        """The AUROC of each map, by name. All maps are ranked at once, which is faster."""
-        if not self.both or not maps:
-            return dict.fromkeys(maps, float("nan"))
-        values = [one.ravel()[self.cells].astype(np.float64) for one in maps.values()]
-        ranks = stats.rankdata([without_rounding_noise(row) for row in values], axis=1)
-        within, beyond = self.within.size, self.beyond.size
-        above = ranks[:, self.labels].sum(axis=1) - within * (within + 1) / 2
-        return dict(zip(maps, (above / (within * beyond)).tolist(), strict=True))
-
-
-def in_batches(
-    maps: Iterable[tuple[str, CellValues3d]],
-) -> Iterator[dict[str, CellValues3d]]:
-    """Maps with their names, in batches of about `RANKED_AT_ONCE` cells."""
-    batch: dict[str, CellValues3d] = {}
-    for name, values in maps:
-        batch[name] = values
-        if len(batch) * values.size >= RANKED_AT_ONCE:
-            yield batch
-            batch = {}
-    if batch:
-        yield batch
-
-
-def kept_cells(size: int) -> Integer[ndarray, " cells"]:
-    """The cells of an axis that `boxed` keeps: at most `BOX_CELLS`, evenly spaced."""
-    count = min(size, BOX_CELLS)
-    cells: ndarray = ((np.arange(count) + 0.5) * size / count).astype(int)
-    return cells
-
-
-def boxed(values: ndarray) -> ndarray:
-    """An array on a map's grid, thinned to at most `BOX_CELLS` cells along each axis."""
-    for axis, size in enumerate(values.shape):
-        values = values.take(kept_cells(size), axis=axis)
-    return values
-
-
-def mean_maps(
-    others: Sequence[ThinnedMap],
-    shape: Sequence[int],
-    cells: Sequence[Integer[ndarray, " cells"]],
-) -> dict[str, CellValues3d]:
-    """The mean of thinned maps of other scans at cells of a scan, for each alignment.
-
-    A network has no coordinates of the body: a fixed place is so many cells from an end of the
-    image, or from its middle. So if a map has another shape, there are four alignments: the ends of
-    all axes (''), and the low corner, the high corner and the centre of the boxes, in cells.
-
-    NaN cells are left out of the mean; the mean is NaN if a cell is NaN in all maps. Beyond the end
-    of a map, its outermost cell counts only if no other map has the cell.
-
-    Args:
-        others: the maps. Not empty.
-        shape: shape of the scan's map before it was thinned.
-        cells: for each axis, the cells of the scan's map at which the mean is computed.
-    """
-    same = all(tuple(other.shape) == tuple(shape) for other in others)
-    return {
-        name: _mean(_sums(others, shape, cells, place))
-        for name, place in ALIGNMENTS.items()
-        if not (name and same)
-    }
-
-
-def mean_maps_of_others(
-    maps: Sequence[ThinnedMap],
-) -> Iterator[tuple[int, str, CellValues3d]]:
-    """The `mean_maps` of all other maps, for each of several maps at its own cells.
-
-    Maps of one shape share what they have in common: those of other shapes are resampled once for
-    all of them, and the sum of the others is that of the maps before and of the maps after it.
-
-    Args:
-        maps: thinned maps. If there is one, there is no mean.
-
-    Yields:
-        The number of a map, the name of an alignment, and the mean.
-    """
-    for shape in dict.fromkeys(tuple(one.shape) for one in maps) if len(maps) > 1 else ():
-        cells = [kept_cells(size) for size in shape]
-        alike = [number for number, one in enumerate(maps) if tuple(one.shape) == shape]
-        others = [one for one in maps if tuple(one.shape) != shape]
-        for name, place in ALIGNMENTS.items():
-            if name and not others:
-                continue
-            before = [_sums(others, shape, cells, place)]
-            for number in alike[:-1]:
-                before.append(before[-1] + _placed(maps[number], shape, cells, place))
-            after = np.zeros_like(before[0])
-            for number in reversed(alike):
-                yield number, name, _mean(before.pop() + after)
-                after = after + _placed(maps[number], shape, cells, place)
-
-
-def _sums(
-    maps: Sequence[ThinnedMap],
-    shape: Sequence[int],
-    cells: Sequence[Integer[ndarray, " cells"]],
-    place: Callable[[ndarray, int, int], ndarray],
-) -> Float[ndarray, "2 x y z"]:
-    """The sums of `_placed` over maps; 0 if there are none."""
-    nothing = np.zeros((2, *map(len, cells)))
-    return sum((_placed(one, shape, cells, place) for one in maps), start=nothing)
-
-
-def _placed(
-    one: ThinnedMap,
-    shape: Sequence[int],
-    cells: Sequence[Integer[ndarray, " cells"]],
-    place: Callable[[ndarray, int, int], ndarray],
-) -> Float[ndarray, "2 x y z"]:
-    """A map in one alignment, multiplied by its weight, and the weight; see `mean_maps`."""
-    size = tuple(len(along) for along in cells)
-    values, weight = one.values, np.ones(size)
-    if (tuple(one.shape), values.shape) != (tuple(shape), size):
-        positions = []
-        for axis, (along, own, old) in enumerate(zip(cells, shape, one.shape, strict=True)):
-            there, kept = place(along, own, old), kept_cells(old)
-            positions.append(np.interp(there, kept, np.arange(len(kept))))
-            beyond = (there < -0.5) | (there > old - 0.5)
-            weight[(slice(None),) * axis + (beyond,)] = BEYOND_WEIGHT
-        held = torch.from_numpy(np.ascontiguousarray(values, np.float64))[None]
-        values = resample_known(held, positions)[0].numpy()
-    known = np.isfinite(values)
-    return np.stack([np.where(known, weight * values, 0), weight * known])
-
-
-def _mean(sums: Float[ndarray, "2 x y z"]) -> CellValues3d:
-    """The mean of maps from the sums of `_placed`."""
-    total, weights = sums
-    mean = np.full(total.shape, np.nan)
-    np.divide(total, weights, out=mean, where=weights > 0)
-    return mean

@@ -25,6 +25,7 @@ from segkit.config.labels import Labelling
 from segkit.data.label_numbers import volume_within
 from segkit.explain.heads.study import ScoredVolume, check_case, on_one_grid
 from segkit.explain.measures.cells import Cells, constant_background, pictures, seen_part
+from segkit.explain.measures.fixed_functions import CellValues3d
 from segkit.explain.measures.measure_maps import (
     FOREGROUND,
     HALF,
@@ -34,15 +35,9 @@ from segkit.explain.measures.measure_maps import (
 from segkit.explain.measures.ranks import Ranked, spearman
 from segkit.explain.verdicts.ablation import ablated_maps, class_dice, observing_means
 from segkit.explain.verdicts.comparators import (
-    CellValues3d,
-    Sides,
-    ThinnedMap,
-    boxed,
     closeness_comparators,
     deleted_comparators,
     image_comparators,
-    in_batches,
-    mean_maps,
 )
 from segkit.explain.verdicts.deletion import (
     FRACTIONS,
@@ -53,6 +48,8 @@ from segkit.explain.verdicts.deletion import (
     deletion_curves,
     mean_of_channels,
 )
+from segkit.explain.verdicts.mean_maps import ThinnedMap, boxed, mean_maps
+from segkit.explain.verdicts.sides import Sides, in_batches
 from segkit.explain.verdicts.untrained import MakeUntrained, untrained_maps
 from segkit.inference.attention_maps import AttentionMap
 from segkit.inference.predictor import Predictor

@@ -16,8 +16,8 @@ from numpy import ndarray
 
 from segkit.explain.measures.ranks import Ranked
 from segkit.explain.measures.statistics import auroc
-from segkit.explain.verdicts.comparators import mean_maps_of_others
 from segkit.explain.verdicts.evidence import HIGH_FIRST, LOW_FIRST, UNTRAINED, ChannelEvidence
+from segkit.explain.verdicts.mean_maps import mean_maps_of_others
 
 Direction = Literal["lets through", "shuts out"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)

@@ -4,20 +4,26 @@ import numpy as np
 import pytest
 from numpy import ndarray
 from numpy.testing import assert_allclose
-from scipy.ndimage import gaussian_filter, gaussian_filter1d, maximum_filter, uniform_filter
+from scipy.ndimage import (
+    gaussian_filter,
+    gaussian_filter1d,
+    maximum_filter,
+    median_filter,
+    minimum_filter,
+    uniform_filter,
+)
 
 from benchmarks.planted_images import block
 from segkit.explain.measures.cells import Cells, pictures
-from segkit.explain.verdicts import comparators
+from segkit.explain.measures.fixed_functions import squared_differences, standardised
+from segkit.explain.verdicts import sides as sides_module
 from segkit.explain.verdicts.comparators import (
     OTHER,
-    Sides,
     closeness_comparators,
     deleted_comparators,
     image_comparators,
-    in_batches,
-    squared_differences,
 )
+from segkit.explain.verdicts.sides import Sides, in_batches
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume
 
@@ -86,6 +92,48 @@ def test_stripes_of_one_direction_and_two_values_are_shown_by_texture_and_entrop
         assert name.startswith(OTHER)
 
 
+def test_salt_and_pepper_are_removed_by_filters_and_not_by_a_mean() -> None:
+    random, inside = np.random.default_rng(5), inside_of()
+    size = random.gamma(1, 300, SHAPE) * random.choice([-1, 0, 1], SHAPE, p=[0.05, 0.9, 0.05])
+    image = (inside + random.normal(0, 0.5, SHAPE) + size).astype(np.float32)
+    found = dict(image_comparators({"intensity": image}, Cells(VOXELS, VOXELS), VOXELS))
+    sides = Sides(inside, np.ones(SHAPE, bool))
+    assert sides.auroc(found["median over 3 voxels"]) > 0.95
+    assert sides.auroc(found["intensity averaged over 3 cells"]) < 0.6
+    salted, peppered = (np.abs(size) * sign + inside for sign in (1, -1))
+    for name, values in (("opening", salted), ("closing", peppered)):
+        shown = dict(
+            image_comparators(
+                {"intensity": values.astype(np.float32)}, Cells(VOXELS, VOXELS), VOXELS
+            )
+        )
+        assert sides.auroc(shown[f"{name} over 3 voxels"]) > 0.9
+        assert sides.auroc(shown["intensity averaged over 3 cells"]) < 0.7
+        assert all(one.startswith(OTHER) for one in shown if " over 3 voxels" in one)
+
+
+def test_an_image_on_a_strong_slope_is_shown_by_its_local_contrast() -> None:
+    """The slices differ 3,000-fold in brightness."""
+    random, inside = np.random.default_rng(6), inside_of()
+    slope = np.exp(np.linspace(-4, 4, SHAPE[2]))
+    image = slope * (3 + inside + random.normal(0, 0.2, SHAPE))
+    found = dict(
+        image_comparators(
+            {"intensity": image.astype(np.float32)}, Cells(VOXELS, VOXELS), VOXELS, across=2
+        )
+    )
+    sides = Sides(inside, np.ones(SHAPE, bool))
+    assert sides.auroc(found["standardised smoothed over 4 cells"]) > 0.9
+    assert sides.auroc(found["intensity"]) < 0.75
+
+
+def test_the_local_contrast_is_that_of_a_standard_score() -> None:
+    values, mean = np.array([[[3.0, 1.0, 5.0]]]), np.array([[[1.0, 1.0, 4.0]]])
+    deviation = np.array([[[4.0, 0.0, 1e-5]]])
+    assert_allclose(standardised(values, mean, deviation), [[[0.5, 0, 0]]])
+    assert_allclose(standardised(values, mean, 0 * deviation), 0)
+
+
 def test_differences_of_neighbours_are_those_of_each_direction() -> None:
     x, y, _ = np.indices((5, 6, 1)).astype(np.float32)
     found = squared_differences(2 * x + 3 * y)
@@ -111,7 +159,7 @@ def test_many_maps_at_once_have_the_auroc_of_each() -> None:
 
 
 def test_few_comparators_of_a_large_map_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparators, "RANKED_AT_ONCE", 25)
+    monkeypatch.setattr(sides_module, "RANKED_AT_ONCE", 25)
     maps = [(f"{number}", np.full((2, 2, 2), number)) for number in range(10)]
     batches = list(in_batches(iter(maps)))
     assert [len(batch) for batch in batches] == [4, 4, 2]
@@ -123,6 +171,11 @@ def test_functions_of_voxels_are_averaged_over_cells() -> None:
     found = dict(image_comparators({"intensity of a": image}, Cells(HALVES, VOXELS), HALVES))
     highest = found["maximum of a over 3 voxels"]
     assert_allclose(highest, halved(maximum_filter(image, 3)), rtol=1e-5)
+    assert_allclose(found["median of a over 3 voxels"], halved(median_filter(image, 3)), rtol=1e-5)
+    opened = maximum_filter(minimum_filter(image, 3), 3)
+    assert_allclose(found["opening of a over 3 voxels"], halved(opened), rtol=1e-5)
+    closed = minimum_filter(maximum_filter(image, 3), 3)
+    assert_allclose(found["closing of a over 3 voxels"], halved(closed), rtol=1e-5)
     variance = halved(image.astype(float) ** 2) - halved(image.astype(float)) ** 2
     assert_allclose(found["deviation of a"], np.sqrt(variance), atol=1e-4)
     precise = image.astype(float)

@@ -16,14 +16,6 @@ from segkit.errors import ModelError, VolumeError
 from segkit.explain.heads.study import ScoredVolume
 from segkit.explain.measures.measure_maps import measured_structures, name_of_all
 from segkit.explain.measures.ranks import Ranked, spearman
-from segkit.explain.verdicts.comparators import (
-    Sides,
-    ThinnedMap,
-    boxed,
-    kept_cells,
-    mean_maps,
-    mean_maps_of_others,
-)
 from segkit.explain.verdicts.evidence import (
     BEST_IMAGE,
     EARLIER,
@@ -37,6 +29,14 @@ from segkit.explain.verdicts.evidence import (
 from segkit.explain.verdicts.gains import MEAN_MAP, auroc_pairs, scores_beside_means
 from segkit.explain.verdicts.hypothesis import Hypothesis
 from segkit.explain.verdicts.judge import judge_gates
+from segkit.explain.verdicts.mean_maps import (
+    ThinnedMap,
+    boxed,
+    kept_cells,
+    mean_maps,
+    mean_maps_of_others,
+)
+from segkit.explain.verdicts.sides import Sides
 from segkit.inference.predictor import Predictor
 from segkit.io.volume import Volume
 from segkit.model.folder import Model

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from segkit.explain.measures.measure_maps import FOREGROUND
-from segkit.explain.verdicts.comparators import ThinnedMap
 from segkit.explain.verdicts.deletion import DeletionCurve
 from segkit.explain.verdicts.evidence import (
     EARLIER,
@@ -22,6 +21,7 @@ from segkit.explain.verdicts.falls import DICE_MARGIN
 from segkit.explain.verdicts.further_scans import further_scans
 from segkit.explain.verdicts.gains import DIRECTIONS, auroc_pairs, scores_beside_means
 from segkit.explain.verdicts.hypothesis import Hypothesis
+from segkit.explain.verdicts.mean_maps import ThinnedMap
 from segkit.explain.verdicts.rule import GateVerdict, best_of_maps, judge_evidence
 
 KEY = "skip.1/gate"
