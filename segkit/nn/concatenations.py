@@ -4,8 +4,9 @@
                              cat ─ both ─ convolutions
     skip ────────────────────┘
 
-The concatenation itself is no module. But `up` and the convolutions are, and the first or the last
-channels of the convolutions' input have the values of the upsampled features.
+The concatenation itself is no module. But the convolutions are, and the first or the last channels
+of their input have the values of the upsampled features. `up` may be a module, or a call of
+`torch.nn.functional.interpolate`.
 """
 
 from collections import defaultdict
@@ -58,7 +59,7 @@ class Concatenation:
     module: str
     """Name of the module that receives both."""
     before: str
-    """Name of the module that upsampled the coarse features."""
+    """Name of the module that upsampled the coarse features; empty if none did."""
     half: Half
     """The channels of the skip."""
     both: Tensor
@@ -69,10 +70,11 @@ class Concatenation:
 
 @dataclass(frozen=True)
 class _Upsampled:
-    """Features that come from a module whose output has more cells than its input."""
+    """Features that come from an interpolation, or from a module that returns more cells."""
 
     value: Tensor
     before: str
+    """Name of the module; empty if there is none."""
     coarse: Tensor
 
 
@@ -87,6 +89,8 @@ class Concatenations:
     def __init__(self, modules: Mapping[str, nn.Module], ndim: int) -> None:
         self.modules, self.ndim = modules, ndim
         self.upsampled: list[_Upsampled] = []
+        self.num_interpolated = 0
+        """Number of the follower's interpolations that are in `upsampled`."""
         self.latest: dict[str, Tensor] = {}
         """The input of the last call of each upsampling module."""
         self.outputs = WeakTensorKeyDictionary()
@@ -100,12 +104,17 @@ class Concatenations:
         if len(given) != 1 or not isinstance(output, Tensor) or output.ndim != self.ndim:
             return
         (features,) = given
+        for coarse, fine in follower.interpolated[self.num_interpolated :]:
+            if coarse.ndim == self.ndim and _is_finer(fine.shape[2:], coarse.shape[2:]):
+                self.upsampled.append(_Upsampled(fine, "", coarse))
+        self.num_interpolated = len(follower.interpolated)
         self._look_for_both(name, features, follower)
         cells, found = features.shape[2:], output.shape[2:]
         known = self._upsampled_as(features)
+        earlier = self._upsampled_as(output)
         if known is not None and found == cells:
             self.upsampled.append(_Upsampled(output, known.before, known.coarse))
-        elif self._upsampled_as(output) is None and _is_finer(found, cells):
+        elif _is_finer(found, cells) and (earlier is None or not earlier.before):
             self.upsampled.append(_Upsampled(output, name, features))
             self.latest[name] = features
         self.outputs[output] = name
@@ -115,7 +124,8 @@ class Concatenations:
             return  # a module concatenated these, if any did
         for one in reversed(self.upsampled):
             half = half_of(one.value, both)
-            if half is not None and self.latest.get(one.before) is one.coarse:
+            latest = not one.before or self.latest.get(one.before) is one.coarse
+            if half is not None and latest:
                 skip = Half(both.shape[1] - half.channels, not half.first)
                 followed = follower.of(both)
                 self.received[id(both)].append(
@@ -124,7 +134,7 @@ class Concatenations:
                 return
 
     def _upsampled_as(self, features: Tensor) -> _Upsampled | None:
-        return next((one for one in self.upsampled if one.value is features), None)
+        return next((one for one in reversed(self.upsampled) if one.value is features), None)
 
     def found(self, within: Collection[str] = ()) -> list[Concatenation]:
         """The concatenations that exactly one module receives, directly or as its first layer.

@@ -69,6 +69,8 @@ class Follower(TorchFunctionMode):
         self.found: dict[int, tuple[weakref.ref[Tensor], Followed]] = {}
         self.fused: set[str] = set()
         """Names of the modules in which fused attention was computed."""
+        self.interpolated: list[tuple[Tensor, Tensor]] = []
+        """Features before and after each interpolation."""
         self.inside: list[str] = []
         """Names of the modules that are running, the outermost first."""
         space = tuple(image.shape[2:])
@@ -109,6 +111,8 @@ class Follower(TorchFunctionMode):
         given = [(self.of(part), part) for part in _tensors([*args, *named.values()])]
         known = [(followed, part) for followed, part in given if followed is not None]
         result = func(*args, **named)
+        if name in INTERPOLATIONS:
+            self.interpolated.append((args[0] if args else named["input"], result))
         if known:
             for part in _tensors([result]):
                 followed = _followed(name, known, part, args, named)
@@ -566,6 +570,7 @@ ONE_OPERAND = (
     *("half", "bfloat16", "cpu", "cuda", "expand", "expand_as"),
 )
 """Calls that keep each cell of their first argument at its place, and move none."""
+INTERPOLATIONS = ("interpolate", "upsample")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(SINGLE_CELLS, _kept),
     **dict.fromkeys(ONE_OPERAND, _same),
@@ -574,8 +579,7 @@ RULES: dict[str, Rule] = {
     **{f"{kind}_pool{n}d": _pooled for kind in ("max", "avg") for n in (1, 2, 3)},
     **{f"max_pool{n}d_with_indices": _pooled for n in (1, 2, 3)},
     **{f"adaptive_{kind}_pool{n}d": _pooled_to_size for kind in ("max", "avg") for n in (1, 2, 3)},
-    "interpolate": _interpolated,
-    "upsample": _interpolated,
+    **dict.fromkeys(INTERPOLATIONS, _interpolated),
     "pad": _padded,
     "getitem": _sliced,
     "permute": _turned,

@@ -8,7 +8,7 @@ and their names. Three forms of such modules, called joins, are known:
   SwinUNETR, the decoder blocks of segmentation_models_pytorch;
 - MONAI's `SkipConnection`, in its UNet: the skip and the features from below, on one grid;
 - a module that is called with a concatenation of upsampled features and a skip, as in nnU-Net's and
-  in `self.conv(torch.cat([self.up(x), skip], dim=1))`.
+  in `self.conv(torch.cat([self.up(x), skip], dim=1))`. `up` may also be a call of `interpolate`.
 
 In the last two, the skip may be the first or the last of the channels: their values tell it.
 """
@@ -36,6 +36,7 @@ from segkit.nn.running import in_prediction
 
 GATE = "segkit_gate"
 SIGNAL = "segkit_signal"
+AVERAGE_POOLING = {2: nn.functional.avg_pool2d, 3: nn.functional.avg_pool3d}
 SHUT = 1 / 16
 """A gate is sigmoid(logit + log 16) / sigmoid(log 16), which is 1 if the logit is 0."""
 
@@ -156,6 +157,15 @@ class KeptSignal:
         getattr(module, SIGNAL).value = args[0]
 
 
+class ForgottenSignals:
+    """A hook after a network, which forgets its signals. Several gates may read one signal."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for part in module.modules():
+            if isinstance(part, LatestSignal):
+                part.value = None
+
+
 @dataclass(frozen=True)
 class GatedConcatenation:
     """A hook before convolutions of upsampled features and a skip, which gates the skip."""
@@ -163,11 +173,17 @@ class GatedConcatenation:
     half: Half
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        holder = getattr(module, SIGNAL)
         skip, upsampled = self.half.parted(args[0])
-        gated = getattr(module, GATE).let_through(skip, holder.value)
-        holder.value = None
+        gate_of_skip = getattr(module, GATE)
+        holder = getattr(module, SIGNAL, None)
+        signal = _averaged(upsampled, gate_of_skip.stride) if holder is None else holder.value
+        gated = gate_of_skip.let_through(skip, signal)
         return (self.half.joined(gated, upsampled), *args[1:])
+
+
+def _averaged(upsampled: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Means over the coarse cells. If the nearest was taken, these are the coarse features."""
+    return AVERAGE_POOLING[len(stride)](upsampled, stride)
 
 
 @dataclass(frozen=True)
@@ -188,7 +204,8 @@ class FoundJoin:
     half: Half | None = None
     """The channels of the skip, if the form is a connection or a concatenation."""
     before: str = ""
-    """Name of the transposed convolution, if the form is a concatenation."""
+    """Name of the module that upsampled the coarse features, if the form is a concatenation. If it
+    is empty, the gating signal is the mean of the upsampled features over the coarse cells."""
     calls: int = 1
     """Number of calls in one run."""
 
@@ -242,7 +259,7 @@ def gate(
         raise ModelError(
             f"{type(network).__name__}: found no skip connection to gate; expected a module that "
             "is called with coarse features and a skip, or with the concatenation of a skip and of "
-            "features that a module upsampled, or MONAI's SkipConnection (by concatenation)"
+            "upsampled features, or MONAI's SkipConnection (by concatenation)"
         )
     coarser = [join.module for join in joins if join.cells != joins[0].cells]
     wanted = (coarser or names) if skips is None else list(skips)
@@ -260,6 +277,8 @@ def gate(
     # Only after all checks, so that a network that cannot be gated does not change.
     for _, join, gate_of_join in made:
         _put(network, join, gate_of_join)
+    if any(join.before for _, join, _ in made):
+        network.register_forward_hook(ForgottenSignals())
     return gated
 
 
@@ -299,7 +318,7 @@ def find_joins(network: nn.Module, image: Tensor) -> list[FoundJoin]:
     times = Counter(one.module for one in concatenated)
     used += [
         replace(_concatenated(one), calls=times[one.module])
-        for one in {one.module: one for one in reversed(concatenated)}.values()
+        for one in reversed({one.module: one for one in reversed(concatenated)}.values())
     ]
     return sorted(used, key=lambda join: -math.prod(join.cells))
 
@@ -343,7 +362,7 @@ def _concatenated(one: Concatenation) -> FoundJoin:
         one.module,
         "concatenation",
         one.half.channels,
-        one.coarse.shape[1],
+        one.coarse.shape[1] if one.before else one.both.shape[1] - one.half.channels,
         tuple(one.both.shape[2:]),
         tuple(one.coarse.shape[2:]),
         one.followed.placement if one.followed is not None else None,
@@ -467,11 +486,12 @@ def _put(network: nn.Module, join: FoundJoin, made: OpenGate) -> None:
             module.register_forward_hook(GatedConnection(join.half))
         case "concatenation":
             assert join.half is not None
-            before = network.get_submodule(join.before)
-            holder = getattr(before, SIGNAL, None)  # of another level, if both share the module
-            if holder is None:
-                holder = LatestSignal()
-                before.add_module(SIGNAL, holder)
-                before.register_forward_pre_hook(KeptSignal())
-            module.add_module(SIGNAL, holder)
+            if join.before:
+                before = network.get_submodule(join.before)
+                holder = getattr(before, SIGNAL, None)  # of another level, if they share a module
+                if holder is None:
+                    holder = LatestSignal()
+                    before.add_module(SIGNAL, holder)
+                    before.register_forward_pre_hook(KeptSignal())
+                module.add_module(SIGNAL, holder)
             module.register_forward_pre_hook(GatedConcatenation(join.half))

@@ -358,27 +358,37 @@ class ByHand(nn.Module):
         def raising(before: int, after: int) -> nn.Module:
             if up == "transposed":
                 return transposed(before, after, step, step)
+            if up == "function":  # `forward` interpolates, and this comes after it
+                return conv(before, after, 1)
             return nn.Sequential(nn.Upsample(scale_factor=step), conv(before, after, 1))
 
         self.e0, self.e1, self.e2 = double(1, 3), double(3, 4), double(4, 6)
         self.pool = (nn.MaxPool3d if dims == 3 else nn.MaxPool2d)(step)
         self.nearest = nn.Upsample(scale_factor=step)  # shared by both levels
         self.up1, self.up0 = raising(6, 4), raising(5, 3)
-        below = (6, 5) if up == "shared" else (4, 3)
+        below = (6, 5) if up in ("shared", "relu") else (4, 3)
         self.d1, self.d0 = double(below[0] + 4, 5), double(below[1] + 3, 3)
-        self.up, self.out = up, conv(3, 2, 1)
+        self.up, self.out, self.step = up, conv(3, 2, 1), step
+
+    def raised(self, features: Tensor, layer: nn.Module) -> Tensor:
+        if self.up == "relu":
+            return nn.functional.interpolate(features.relu(), scale_factor=self.step)
+        if self.up == "function":
+            size = [cells * step for cells, step in zip(features.shape[2:], self.step, strict=True)]
+            mode = "bilinear" if len(size) == 2 else "trilinear"
+            return layer(nn.functional.interpolate(features, size=size, mode=mode))
+        return (self.nearest if self.up == "shared" else layer)(features)
 
     def forward(self, image: Tensor) -> Tensor:
         fine = self.e0(image)
         middle = self.e1(self.pool(fine))
         deep = self.e2(self.pool(middle))
-        up1, up0 = (self.nearest, self.nearest) if self.up == "shared" else (self.up1, self.up0)
-        features = self.d1(torch.cat([up1(deep), middle], 1))
-        return self.out(self.d0(torch.cat([fine, up0(features)], 1)))
+        features = self.d1(torch.cat([self.raised(deep, self.up1), middle], 1))
+        return self.out(self.d0(torch.cat([fine, self.raised(features, self.up0)], 1)))
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("up", ["transposed", "sequential", "shared"])
+@pytest.mark.parametrize("up", ["transposed", "sequential", "shared", "relu", "function"])
 @pytest.mark.parametrize("block", ["module", "sequential"])
 def test_skips_of_a_network_written_by_hand_are_gated(dims: int, up: str, block: str) -> None:
     torch.manual_seed(0)
@@ -406,6 +416,55 @@ def test_skips_of_a_network_written_by_hand_are_gated(dims: int, up: str, block:
             if key == "skip.1/gate":
                 assert received["both"][:, -4:].count_nonzero() == 0
                 assert received["both"][:, :-4].count_nonzero() > 0
+
+
+def test_without_an_upsampling_module_the_signal_is_the_mean_of_the_upsampled_features() -> None:
+    """If the nearest cell was taken, these are the coarse features themselves."""
+    torch.manual_seed(0)
+    network = ByHand(2, up="relu", block="module").eval()
+    gate(network, IMAGE)
+    kept: dict[str, Tensor] = {}
+    network.e2.register_forward_hook(lambda _, __, output: kept.update(deep=output.relu()))
+    found = network.get_submodule("d1.segkit_gate")
+    assert isinstance(found, OpenGate)
+    let_through = found.let_through
+
+    def keep(skip: Tensor, signal: Tensor) -> Tensor:
+        kept["signal"] = signal
+        return let_through(skip, signal)
+
+    found.let_through = keep  # type: ignore[method-assign]
+    network(torch.randn(IMAGE.shape))
+    torch.testing.assert_close(kept["signal"], kept["deep"])
+
+
+class UpsampledOnce(nn.Module):
+    """Two skips are concatenated with the same upsampled features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(1, 3, 3, padding=1) for _ in range(2))
+        self.down, self.up = nn.Conv2d(3, 4, 2, 2), nn.ConvTranspose2d(4, 4, 2, 2)
+        self.one, self.two = (nn.Conv2d(7, 2, 3, padding=1) for _ in range(2))
+
+    def forward(self, image: Tensor) -> Tensor:
+        first, second = self.first(image), self.second(image)
+        raised = self.up(self.down(first))
+        return self.one(torch.cat([raised, first], 1)) + self.two(torch.cat([second, raised], 1))
+
+
+def test_two_gates_read_the_same_signal_which_is_then_forgotten() -> None:
+    torch.manual_seed(0)
+    network, image = UpsampledOnce().eval(), torch.randn(IMAGE.shape)
+    whole = network(image)
+    assert gate(network, image) == {"skip.0": "one", "skip.1": "two"}
+    assert torch.equal(network(image), whole)
+    copy.deepcopy(network.train())(image).sum().backward()
+    assert network.get_submodule("up.segkit_signal").value is None
+    network.eval()
+    for key in ("skip.0/gate", "skip.1/gate"):
+        with editing(network, {key: torch.zeros_like}):
+            assert not torch.equal(network(image), whole)
 
 
 class InTwoPlaces(ByHand):
@@ -484,8 +543,7 @@ class Shared(SmpUnet):
 
 def test_an_argument_that_gives_only_a_size_and_a_block_of_several_levels_are_refused() -> None:
     torch.manual_seed(0)
-    with pytest.raises(ModelError, match="Resampled: found no skip connection to gate"):
-        gate(Resampled(), IMAGE)
+    assert gate(Resampled(), IMAGE) == {"skip.0": "out"}  # and not "up", which uses only the size
     with pytest.raises(ModelError, match=r"blocks\.0: joins 2 skips in one run"):
         gate(Shared(), IMAGE)
     layered, image = PlainConvUNet(), BUILT["nnunet"][1]
