@@ -25,9 +25,9 @@ from segkit.explain.attribution.attribute import (
 from segkit.explain.attribution.examine import AttributionTest, examine_attributions
 from segkit.explain.explanation import Explanation
 from segkit.explain.heads.reach import watching
-from segkit.explain.heads.study import check_unlabelled
 from segkit.explain.measures.fuse import with_fused
 from segkit.explain.measures.measure_maps import TOLERANCE_MM, measure_maps, measured_structures
+from segkit.explain.measures.pairs import check_unlabelled
 from segkit.explain.verdicts.ablation import ablated_maps
 from segkit.explain.verdicts.evidence import CaseEvidence
 from segkit.explain.verdicts.identity import check_blocks, study_of, without_blocks

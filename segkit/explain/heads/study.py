@@ -5,7 +5,7 @@ Heads are masked through their map taps (`segkit.nn.map_tap`). Nothing is traine
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -405,31 +405,6 @@ def check_case(case: LabelledCase, labelling: Labelling) -> None:
     if not np.isin(reference.data, list(itertools.chain(*labelling.members.values()))).any():
         raise VolumeError(
             f"{case.name}: its reference contains only background; leave the case out"
-        )
-
-
-def check_pairs(num_pairs: int, unlabelled: Mapping[int, Collection[str]]) -> None:
-    """Raise VolumeError if there are no pairs, or if `unlabelled` names one that is missing."""
-    if num_pairs == 0:
-        raise VolumeError("expected pairs of a scan and its reference, found none; pass some")
-    if beyond := [number for number in unlabelled if number not in range(num_pairs)]:
-        raise VolumeError(
-            f"unlabelled has the index {beyond[0]}, but there are only "
-            f"{counted(num_pairs, 'pair')}; use indices from 0 to {num_pairs - 1}"
-        )
-
-
-def check_unlabelled(case: str, unlabelled: Collection[str], labelling: Labelling) -> None:
-    """Raise VolumeError if the model does not know one of these classes or regions."""
-    if isinstance(unlabelled, str):
-        raise VolumeError(
-            f"{case}: expected a list of classes in unlabelled, found the string {unlabelled!r}; "
-            f"use [{unlabelled!r}]"
-        )
-    if unknown := [each for each in unlabelled if each not in labelling.members]:
-        raise VolumeError(
-            f"{case}: unlabelled has {unknown[0]!r}, which is not one of "
-            f"{', '.join(labelling.members)}; correct the name"
         )
 
 

@@ -19,10 +19,9 @@ from segkit.explain.display import Table, Verdict, rounded
 from segkit.explain.heads.study import (
     ScoredVolume,
     check_case,
-    check_pairs,
-    check_unlabelled,
     on_one_grid,
 )
+from segkit.explain.measures.pairs import check_pairs, check_unlabelled, pairs_of
 from segkit.explain.verdicts.ablation import Ablation, Against, ablation_rows, class_dice
 from segkit.explain.verdicts.evidence import holds_foreground
 from segkit.explain.verdicts.falls import (
@@ -159,7 +158,8 @@ def judge_attention(
         ModelError: if the model has no such attention block or does not call it, if several of its
             arguments may be its features, or if no output of it would leave them as they are.
         VolumeError: if a reference does not fit its scan, or has labels that the model does not
-            know, if `unlabelled` names an unknown class or pair, or if there are no pairs.
+            know, if `unlabelled` names an unknown class or pair, or if there are no pairs or
+            other values than pairs.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -171,7 +171,7 @@ def judge_attention(
         check_pairs(len(cases), unlabelled)
     rows: list[Ablation] = []
     count = 0
-    for number, (volume, reference) in enumerate(cases):
+    for number, (volume, reference) in enumerate(pairs_of(cases)):
         name, lacking = f"case {number}", unlabelled.get(number, ())
         check_unlabelled(name, lacking, predictor.model.description.labelling)
         rows += without_blocks(

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sized
 from types import MappingProxyType
 
 from segkit.errors import ModelError
-from segkit.explain.heads.study import check_pairs, check_unlabelled
+from segkit.explain.measures.pairs import check_pairs, check_unlabelled, pairs_of
 from segkit.explain.verdicts.ablation import check_gates
 from segkit.explain.verdicts.evidence import CaseEvidence, gather_evidence
 from segkit.explain.verdicts.rule import GateVerdict, judge_evidence
@@ -47,7 +47,8 @@ def judge_gates(
         ModelError: if the model has no gates, or if an untrained network does not have its
             architecture, or if the seed is negative.
         VolumeError: if a reference lies on another grid than its scan, or has labels that the model
-            does not know, if `unlabelled` names an unknown class or pair, or if there are no pairs.
+            does not know, if `unlabelled` names an unknown class or pair, or if there are no pairs
+            or other values than pairs.
 
     Example:
         predictor = segkit.Predictor.load("runs/mine")
@@ -61,7 +62,7 @@ def judge_gates(
     if isinstance(cases, Sized):
         check_pairs(len(cases), unlabelled)
     found: list[CaseEvidence] = []
-    for number, (volume, reference) in enumerate(cases):
+    for number, (volume, reference) in enumerate(pairs_of(cases)):
         name = f"case {number}"
         lacking = unlabelled.get(number, ())
         check_unlabelled(name, lacking, predictor.model.description.labelling)

@@ -171,3 +171,5 @@ def test_pairs_that_are_missing_are_refused() -> None:
     for pairs in ([pair], iter([pair])):
         with pytest.raises(VolumeError, match="unlabelled has the index 7, but there are only 1 p"):
             judge_attention(foreign(), pairs, unlabelled={7: ["two"]})
+    with pytest.raises(VolumeError, match=r"expected a pair .* found str; pass \[\(scan"):
+        judge_attention(foreign(), {"one": pair})  # type: ignore[arg-type]

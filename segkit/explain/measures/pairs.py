@@ -1,0 +1,55 @@
+"""Checks of pairs of a scan and its reference, as they are passed from Python."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from segkit.config.labels import Labelling
+from segkit.errors import VolumeError, counted
+from segkit.io.volume import Volume
+
+
+def check_pairs(num_pairs: int, unlabelled: Mapping[int, Collection[str]]) -> None:
+    """Raise VolumeError if there are no pairs, or if `unlabelled` names one that is missing."""
+    if num_pairs == 0:
+        raise VolumeError("expected pairs of a scan and its reference, found none; pass some")
+    if beyond := [number for number in unlabelled if number not in range(num_pairs)]:
+        raise VolumeError(
+            f"unlabelled has the index {beyond[0]}, but there are only "
+            f"{counted(num_pairs, 'pair')}; use indices from 0 to {num_pairs - 1}"
+        )
+
+
+def pairs_of(cases: Iterable[object]) -> Iterator[tuple[Volume, Volume | None]]:
+    """The pairs of a scan and its reference.
+
+    Raises:
+        VolumeError: if one of the cases is not such a pair.
+    """
+    for number, case in enumerate(cases):
+        match case:
+            case (Volume() as scan, (Volume() | None) as reference):
+                yield scan, reference
+            case _:
+                raise VolumeError(
+                    f"case {number}: expected a pair of a scan and its reference (two Volumes, or "
+                    f"a Volume and None), found {_in_words(case)}; pass [(scan, reference), …]"
+                )
+
+
+def _in_words(case: object) -> str:
+    if isinstance(case, tuple | list):
+        return f"{len(case)} values ({', '.join(type(part).__name__ for part in case)})"
+    return f"{type(case).__name__}"
+
+
+def check_unlabelled(case: str, unlabelled: Collection[str], labelling: Labelling) -> None:
+    """Raise VolumeError if the model does not know one of these classes or regions."""
+    if isinstance(unlabelled, str):
+        raise VolumeError(
+            f"{case}: expected a list of classes in unlabelled, found the string {unlabelled!r}; "
+            f"use [{unlabelled!r}]"
+        )
+    if unknown := [each for each in unlabelled if each not in labelling.members]:
+        raise VolumeError(
+            f"{case}: unlabelled has {unknown[0]!r}, which is not one of "
+            f"{', '.join(labelling.members)}; correct the name"
+        )
