@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from segkit.config.training import TrainConfig
-from segkit.training.muon import MuonForKernels, is_kernel, orthogonal
+from segkit.training.muon import COEFFICIENTS, MuonForKernels, is_kernel, orthogonal
 from segkit.training.optimisers import make_optimiser, make_schedule
 
 
@@ -37,6 +37,21 @@ def test_an_orthogonal_matrix_has_singular_values_of_about_one() -> None:
         found = torch.linalg.svdvals(orthogonal(matrix, 5))
         assert found.min() > 0.6 and found.max() < 1.25
     assert_close(orthogonal(torch.zeros(3, 4), 5), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("shape", [(4, 27), (27, 4), (8, 8), (1, 9)])
+def test_it_is_the_iteration_of_newton_and_schulz(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = matrix / matrix.norm()
+    for _ in range(5):
+        square = expected @ expected.T
+        a, b, c = COEFFICIENTS
+        expected = a * expected + (b * square + c * square @ square) @ expected
+    assert_close(orthogonal(matrix, 5), expected)
+    assert_close(orthogonal(matrix, 0), matrix / matrix.norm())
+    flat = matrix[:1].expand(shape) * (1 + 1e-3 * matrix)  # nearly of rank one
+    single = orthogonal(flat.float(), 5)
+    assert_close(single.double(), orthogonal(flat, 5), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parity
