@@ -9,6 +9,7 @@ import yaml
 
 from segkit.config.data import DataConfig
 from segkit.config.dataset_files import DatasetConfig
+from segkit.config.training import OptimiserName
 from segkit.planning.nnunet_rules import ChannelNormalisation
 from segkit.planning.plan import Plan
 from segkit.planning.schedule import Schedule
@@ -28,6 +29,7 @@ def sections_of(
     own_schedule: bool,
     labels: Sequence[str],
     accelerator: str | None,
+    on_cpu: bool,
     first_stage: Path | None,
 ) -> Sections:
     """The sections of the config.
@@ -39,6 +41,7 @@ def sections_of(
         own_schedule: whether plan and schedule are nnU-Net's own, without attention.
         labels: names of the dataset's classes or regions.
         accelerator: 'cpu' or 'gpu'; None leaves the choice to the training.
+        on_cpu: whether the training is planned for a CPU.
         first_stage: the run of the first stage, if there are two stages.
     """
     why = plan.reasons
@@ -87,7 +90,7 @@ def sections_of(
                 "this time. With null, training takes exactly the given steps.",
             ),
             "batch_dice": (plan.batch_dice, why["batch_dice"]),
-            "optimiser": ("sgd" if own_schedule else "adamw", ""),
+            "optimiser": _optimiser(own_schedule=own_schedule, on_cpu=on_cpu),
             "averaging": (
                 None if own_schedule else AVERAGING,
                 "A running average of the weights scores better than the last weights.",
@@ -104,6 +107,15 @@ def sections_of(
         },
         "trainer": {"accelerator": (accelerator, "")},
     }
+
+
+def _optimiser(*, own_schedule: bool, on_cpu: bool) -> tuple[OptimiserName, str]:
+    """The optimiser, and why."""
+    if own_schedule:
+        return "sgd", ""
+    if on_cpu:
+        return "muon", "On a CPU, networks reach a higher Dice than with adamw in the same time."
+    return "adamw", "Muon, which is better on a CPU, has not been measured on a GPU."
 
 
 def _normalisation(

@@ -183,6 +183,7 @@ def _sections(
         own_schedule=task.own_schedule,
         labels=list(task.dataset.labels),
         accelerator=task.accelerator,
+        on_cpu=task.device.type == "cpu",
         first_stage=first,
     )
 

@@ -25,6 +25,7 @@ def measured_seconds(
     step = {
         "what": "training step",
         "batch_size": config.data.batch_size,
+        "optimiser": config.train.optimiser,
         **description.model_dump(mode="json", include=set(STEP_OF)),
     }
     seconds = task.figures.once(
@@ -65,4 +66,5 @@ def seconds_of_step(
     channels = len(description.channels) + (description.first_stage is not None)
     image = torch.zeros(batch, channels, *cut, device=device)
     label = torch.zeros(batch, *cut, dtype=torch.uint8)
-    return step_seconds(network, image, label.to(device), vary=vary, repeats=3)
+    muon = config.train.optimiser == "muon"
+    return step_seconds(network, image, label.to(device), vary=vary, muon=muon, repeats=3)

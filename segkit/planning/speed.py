@@ -15,6 +15,7 @@ from segkit.data.augment_spatial import Vary
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
 from segkit.nn.losses import deep_dice_cross_entropy
+from segkit.nn.muon import MuonForKernels
 from segkit.nn.network import SegmentationNetwork
 from segkit.nn.normalisation import order_for
 from segkit.nn.unet import UNet
@@ -31,6 +32,8 @@ PATCH_ON_GPU = (96, 96, 96)
 BATCH = 2
 CPU = torch.device("cpu")
 CLIPPED = 12.0
+RATE = 1e-3
+"""The learning rate, which does not change the time of a step."""
 WARM_UP = 5
 REPEATS_ON_GPU = 20
 LONG_ENOUGH = 2.0
@@ -45,6 +48,7 @@ def step_seconds(
     label: Tensor,
     *,
     vary: Vary | None = None,
+    muon: bool = False,
     repeats: int = 5,
 ) -> float:
     """Seconds of a training step on this device, as training runs it.
@@ -58,6 +62,7 @@ def step_seconds(
         image: images of a batch as it is cut, on the device.
         label: labels of the batch, on the device.
         vary: the augmentation; none by default.
+        muon: whether the optimiser is Muon; it is AdamW by default.
         repeats: number of steps that are timed on a CPU after one step to warm up; fewer, but at
             least two, if steps are slow. The fastest counts, as others may have waited for a core.
     """
@@ -65,7 +70,12 @@ def step_seconds(
     order_for(network, device)
     network.train()
     parameters = list(network.parameters())
-    optimiser = torch.optim.AdamW(parameters, fused=device.type == "cuda" or None)
+    fused = device.type == "cuda" or None
+    optimiser: torch.optim.Optimizer = (
+        MuonForKernels(parameters, lr=RATE, weight_decay=0.0, fused=fused)
+        if muon
+        else torch.optim.AdamW(parameters, lr=RATE, fused=fused)
+    )
     half = precision_of(device)
     generator = torch.Generator().manual_seed(0)
 

@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, PolynomialLR
 
 from segkit.config.training import SCHEDULE_OF, TrainConfig
-from segkit.training.muon import MuonForKernels
+from segkit.nn.muon import MuonForKernels
 
 MakeOptimiser = Callable[[Iterable[nn.Parameter]], Optimizer]
 """Makes the optimiser from the network's parameters."""

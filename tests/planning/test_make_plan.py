@@ -272,6 +272,24 @@ def test_nnunets_preset_is_its_own_plan_and_schedule(dataset: Path, tmp_path: Pa
     assert config.data.mirror == ["x", "y", "z"]
 
 
+@pytest.mark.parametrize(("device", "optimiser"), [("cpu", "muon"), ("cuda", "adamw")])
+def test_a_plan_has_the_optimiser_that_was_the_best_on_its_device(
+    device: str, optimiser: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[bool] = []
+
+    def step_seconds(*args: object, muon: bool, **named: object) -> float:
+        timed.append(muon)
+        return 0.1
+
+    monkeypatch.setattr("segkit.planning.planned_seconds.step_seconds", step_seconds)
+    planned = plan_dataset(dataset, cache=tmp_path / "c", device=device, gigabytes=1.0)
+    assert planned.config.train.optimiser == optimiser
+    assert f"optimiser: {optimiser}" in planned.text
+    if device == "cpu" or torch.cuda.is_available():
+        assert timed == [device == "cpu"]  # a step is timed with this optimiser
+
+
 def test_a_plan_says_what_is_mirrored_and_which_names_decide(dataset: Path, tmp_path: Path) -> None:
     planned = plan_dataset(dataset, cache=tmp_path / "c", device="cpu")
     assert planned.config.data.mirror == ["x"]

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from segkit.nn.muon import MuonForKernels
 from segkit.nn.unet import UNet
 from segkit.planning import speed
 from segkit.planning.speed import Figures, multiply_adds_per_second, step_seconds
@@ -69,6 +70,23 @@ def test_time_in_which_other_programs_had_the_cores_does_not_count(
     network = UNet(2, 1, out_channels=2, channels=(2, 2))
     seconds = step_seconds(network, torch.zeros(2, 1, 8, 8), torch.zeros(2, 8, 8).long())
     assert seconds == 0.25
+
+
+@pytest.mark.parametrize("muon", [True, False])
+def test_a_step_is_timed_with_its_optimiser(muon: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[nn.Parameter] = []
+    step = MuonForKernels.step
+
+    def counted(self: MuonForKernels) -> None:
+        moved.extend(each for group in self.param_groups for each in group["params"])
+        step(self)
+
+    monkeypatch.setattr(MuonForKernels, "step", counted)
+    network = UNet(2, 1, out_channels=2, channels=(2, 2))
+    step_seconds(network, torch.zeros(2, 1, 8, 8), torch.zeros(2, 8, 8).long(), muon=muon)
+    assert {id(each) for each in moved} == (
+        {id(each) for each in network.parameters()} if muon else set()
+    )
 
 
 def test_a_step_on_the_cpu_includes_the_mean_time_of_its_augmentation(

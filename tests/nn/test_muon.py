@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from segkit.config.training import TrainConfig
-from segkit.training.muon import COEFFICIENTS, MuonForKernels, is_kernel, orthogonal
+from segkit.nn.muon import COEFFICIENTS, MuonForKernels, is_kernel, orthogonal
 from segkit.training.optimisers import make_optimiser, make_schedule
 
 
