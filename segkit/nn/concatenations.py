@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from segkit.nn.follow import Followed, Follower
+from segkit.nn.follow import Follower
 from segkit.nn.foreign_blocks import is_inside
+from segkit.nn.placement_rules import Followed
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from segkit.errors import ModelError
 from segkit.geometry.grid import Placement
-from segkit.nn.follow import Followed, Follower, followed_calls
+from segkit.nn.follow import Follower, followed_calls
 from segkit.nn.map_tap import MapInfo, MapTap
+from segkit.nn.placement_rules import Followed
 from segkit.nn.running import in_prediction
 
 TAP = "segkit_tap"
