@@ -21,7 +21,8 @@ from segkit.inference.predictor import Predictor
 from segkit.io.volume import read_labels, read_volume
 from segkit.model.build import wrap_network
 from segkit.nn.attention_blocks import as_identity, attention_blocks
-from segkit.nn.foreign_gates import OpenGate, gate
+from segkit.nn.foreign_gates import gate
+from segkit.nn.gated_skip import OpenGate
 from segkit.nn.map_tap import editing, maps_of, recording
 from segkit.nn.network import SegmentationNetwork
 from segkit.training.fit import train
