@@ -1,5 +1,6 @@
 """`segkit train`: train a network from a config or a dataset, or resume a run."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +13,10 @@ from typer import Argument, Exit, Option
 from segkit.cli.options import MINUTES, Overrides
 from segkit.cli.terminal import JsonOption, console, hush, say, say_json
 from segkit.config.load import dataset_in
-from segkit.errors import ConfigError, Stopped, counted, first_few
+from segkit.errors import ConfigError, Stopped, counted, first_few, printable
 from segkit.system.allocator import keep_freed_memory
+
+logger = logging.getLogger(__name__)
 
 MOST_PICTURES = 200
 """Largest number of pictures whose headers are read before training."""
@@ -115,6 +118,7 @@ def train_command(
         settings, low = _settings(
             config, overrides or [], runs, minutes or MINUTES, _races(overrides or [], no_race)
         )
+        _warn_of_unused(overrides or [], settings)
         _say_picture_facts(settings)
         if dry_run:
             return _dry_run(settings, low, wanted)
@@ -127,6 +131,13 @@ def train_command(
     say(f"next: segkit predict volume.nii.gz --model {result.folder} --maps maps")
     if json:
         say_json({"folder": str(result.folder), **result.summary})
+
+
+def _warn_of_unused(overrides: Sequence[str], settings: "Config") -> None:
+    from segkit.training.unused_settings import told_of_unused
+
+    for sentence in told_of_unused(overrides, settings):
+        logger.warning("%s", printable(sentence))
 
 
 def _settings(

@@ -33,7 +33,7 @@ class AdamWConfig(Section):
 
     highest_momentum: Decay = 0.95
     """The decay of the mean gradient while the learning rate of a one-cycle schedule is lowest, and
-    always in other schedules."""
+    always in other schedules and with Muon."""
     lowest_momentum: Decay = 0.85
     """The decay of the mean gradient while the learning rate of a one-cycle schedule is highest."""
     square_decay: Decay = 0.999

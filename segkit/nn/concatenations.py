@@ -105,6 +105,8 @@ class Concatenations:
         if len(given) != 1 or not isinstance(output, Tensor) or output.ndim != self.ndim:
             return
         (features,) = given
+        if args[0] is not features:
+            return  # the hooks of gates take the first argument
         for coarse, fine in follower.interpolated[self.num_interpolated :]:
             if coarse.ndim == self.ndim and _is_finer(fine.shape[2:], coarse.shape[2:]):
                 self.upsampled.append(_Upsampled(fine, "", coarse))

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segkit.errors import ModelError
 from segkit.nn.blocks import CONV_FUNCTION
 from segkit.nn.concatenations import Half
 from segkit.nn.gates import AdditiveGridGate
@@ -96,6 +97,10 @@ class LatestSignal(nn.Module):
         """The features unchanged: an `nn.Sequential` calls each of its parts."""
         return features
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and saved: all but the features, which may be held after an error."""
+        return {**self.__dict__, "value": None}
+
 
 @dataclass(frozen=True)
 class GatedArgument:
@@ -161,6 +166,12 @@ class GatedConcatenation:
         gate_of_skip = getattr(module, GATE)
         holder = getattr(module, SIGNAL, None)
         signal = _averaged(upsampled, gate_of_skip.stride) if holder is None else holder.value
+        if signal is None:
+            raise ModelError(
+                "a gate expected the coarse features of this run, found none, as if the "
+                "concatenation alone were computed again; checkpoint it together with the "
+                "upsampling, or not at all"
+            )
         gated = gate_of_skip.let_through(skip, signal)
         return (self.half.joined(gated, upsampled), *args[1:])
 

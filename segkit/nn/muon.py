@@ -11,6 +11,8 @@ from torch.optim import AdamW, Optimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """The coefficients of Jordan's (2024) polynomial, which has the highest possible slope at 0."""
+AT_ONCE = 3
+"""Number of iterations that are computed without the matrix itself."""
 LEAST_NORM = 1e-7
 """A matrix is divided by its norm, or by this if the norm is less."""
 RATE_OF_ADAMW = 0.2
@@ -107,13 +109,30 @@ def orthogonal(matrix: Float[Tensor, "m n"], iterations: int) -> Float[Tensor, "
     """The matrix with its singular values set to about 1 (0.7 to 1.2 after five iterations).
 
     This is the iteration of Newton and Schulz with Jordan's coefficients, X <- (a + b G + c G^2) X
-    with G = X X^T. The factors before X are polynomials of the first G, which is much smaller than
-    the matrix of a kernel. So the product of all factors is computed first, and then applied to the
-    matrix once: a third to a quarter of the time, and the same result up to rounding.
+    with G = X X^T, in float32 at least. On a CPU it is computed from G alone, see `_iterated`. On a
+    GPU, where float32 may be rounded to ten bits, each iteration begins with X, which corrects
+    rounding errors.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    exact = torch.promote_types(matrix.dtype, torch.float32)
+    with torch.autocast(matrix.device.type, enabled=False):
+        found = wide.to(exact)
+        found = found / found.norm().clamp(min=LEAST_NORM)
+        at_once = 1 if matrix.is_cuda else AT_ONCE
+        for done in range(0, iterations, at_once):
+            found = _iterated(found, min(at_once, iterations - done))
+    found = found.to(matrix.dtype)
+    return found if matrix.shape[0] <= matrix.shape[1] else found.T
+
+
+def _iterated(wide: Float[Tensor, "m n"], iterations: int) -> Float[Tensor, "m n"]:
+    """The matrix after some iterations of Newton and Schulz.
+
+    The factors before X are polynomials of the first G, which is much smaller than X. So the
+    product of the factors is computed first, and then applied to X once. This takes half the time
+    or less, but each iteration multiplies the rounding errors of G by up to a^2.
     """
     a, b, c = COEFFICIENTS
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / wide.norm().clamp(min=LEAST_NORM)
     gram = wide @ wide.T
     product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for left in reversed(range(iterations)):
@@ -122,5 +141,4 @@ def orthogonal(matrix: Float[Tensor, "m n"], iterations: int) -> Float[Tensor, "
         product = factor @ product
         if left:
             gram = factor @ gram @ factor
-    found = product @ wide
-    return found if matrix.shape[0] <= matrix.shape[1] else found.T
+    return product @ wide

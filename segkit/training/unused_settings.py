@@ -91,6 +91,16 @@ def refuse_unused(source: str, found: Iterable[Change], config: Config, *, held_
             )
 
 
+def told_of_unused(overrides: Iterable[str], config: Config) -> list[str]:
+    """A sentence on each `KEY=VALUE` that has no effect on a training.
+
+    A plan may have chosen what turns a setting off, such as another optimiser.
+    """
+    keys = [word.partition("=")[0] for word in overrides]
+    reasons = {key: why_unused(key, config, held_out=True) for key in keys}
+    return [f"{key} has no effect, because {why}" for key, why in reasons.items() if why]
+
+
 def _conditions(key: str, config: Config, held_out: bool) -> Iterator[tuple[bool, str]]:
     """Whether a training uses a setting, by several conditions, each with the reason if not."""
     data, train = config.data, config.train
@@ -101,8 +111,9 @@ def _conditions(key: str, config: Config, held_out: bool) -> Iterator[tuple[bool
         if is_one_of(key, {section}):
             yield train.optimiser in optimisers, f"train.optimiser is {train.optimiser}"
     if key == "train.adamw.lowest_momentum":
-        cycles = train.optimiser == "adamw" and schedule == "one_cycle"
-        yield cycles, "only AdamW with the schedule one_cycle changes its momentum"
+        why = f"train.optimiser is {train.optimiser}, and only adamw changes its momentum"
+        yield train.optimiser == "adamw", why
+        yield schedule == "one_cycle", f"train.schedule is {schedule}"
     for name in SCHEDULES:
         if is_one_of(key, {f"train.{name}"}):
             yield schedule == name, f"train.schedule is {schedule}"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from monai.networks.nets import BasicUNet, BasicUNetPlusPlus, DynUNet, UNet
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from segkit.errors import ModelError
 from segkit.explain.explain_scan import explain_volume
@@ -466,6 +467,67 @@ def test_two_gates_read_the_same_signal_which_is_then_forgotten() -> None:
     for key in ("skip.0/gate", "skip.1/gate"):
         with editing(network, {key: torch.zeros_like}):
             assert not torch.equal(network(image), whole)
+
+
+class Checkpointed(ByHand):
+    """Parts of the decoder are computed again in the backward pass."""
+
+    whole = True
+    """Whether the upsampling is computed again too."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        def step(coarse: Tensor, skip: Tensor) -> Tensor:
+            return self.d1(torch.cat([self.up1(coarse), skip], 1))
+
+        fine = self.e0(image)
+        middle = self.e1(self.pool(fine))
+        deep = self.e2(self.pool(middle))
+        if self.whole:
+            features = checkpoint(step, deep, middle, use_reentrant=False)
+        else:
+            both = torch.cat([self.up1(deep), middle], 1)
+            features = checkpoint(self.d1, both, use_reentrant=False)
+        return self.out(self.d0(torch.cat([fine, self.up0(features)], 1)))
+
+
+def test_a_checkpointed_decoder_is_gated_if_it_upsamples_in_the_same_checkpoint() -> None:
+    torch.manual_seed(0)
+    network = Checkpointed(2, up="transposed", block="module")
+    gate(network, IMAGE)
+    image = torch.randn(IMAGE.shape)
+    network(image).mean().backward()
+    assert network.get_submodule("up1.segkit_signal").value is not None  # set once more
+    copied = copy.deepcopy(network)
+    assert copied.get_submodule("up1.segkit_signal").value is None
+    assert torch.equal(copied(image), network(image))
+    network.whole = False
+    with pytest.raises(ModelError, match="checkpoint it together with the upsampling"):
+        network(image).mean().backward()
+
+
+class Later(nn.Module):
+    """Its features are its second argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 2, 3, padding=1)
+
+    def forward(self, level: int, features: Tensor) -> Tensor:
+        return nn.functional.conv2d(features, self.conv.weight, padding=1)
+
+
+class WithLater(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up, self.join = nn.Conv2d(1, 4, 2, 2), nn.Upsample(scale_factor=2), Later()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.join(0, torch.cat([self.up(self.down(image)), image], 1))
+
+
+def test_features_that_are_not_the_first_argument_are_refused() -> None:
+    with pytest.raises(ModelError, match="found no skip connection to gate"):
+        gate(WithLater().eval(), IMAGE)
 
 
 class InTwoPlaces(ByHand):

@@ -54,6 +54,33 @@ def test_it_is_the_iteration_of_newton_and_schulz(shape: tuple[int, int]) -> Non
     assert_close(single.double(), orthogonal(flat, 5), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("iterations", [5, 12, 20])
+def test_rounding_errors_of_a_gradient_of_low_rank_do_not_grow(iterations: int) -> None:
+    """A kernel over few voxels has a gradient of low rank: 8 of 64 here."""
+    torch.manual_seed(3)
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    conv(torch.randn(2, 64, 2, 2)).tanh().square().mean().backward()
+    assert conv.weight.grad is not None
+    gradient = conv.weight.grad.flatten(1)
+    found, exact = orthogonal(gradient, iterations), orthogonal(gradient.double(), iterations)
+    values = torch.linalg.svdvals(found)
+    assert found.isfinite().all() and values.max() < 1.3 and values[:8].min() > 0.5
+    if iterations == 5:
+        assert (found - exact).norm() < 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast_round_only_the_result(dtype: torch.dtype) -> None:
+    matrix = torch.randn(16, 3, generator=torch.Generator().manual_seed(4)) @ torch.randn(
+        3, 144, generator=torch.Generator().manual_seed(5)
+    )
+    rounded = matrix.to(dtype)
+    exact = orthogonal(rounded.float(), 5)
+    assert_close(orthogonal(rounded, 5), exact.to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(orthogonal(rounded.float(), 5), exact)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_steps_are_those_of_torchs_muon_on_matrices_and_of_adamw_on_the_rest(

@@ -18,7 +18,7 @@ from scipy.special import xlogy
 
 CellValues3d = Float[ndarray, "x y z"]
 FLAT = 1e-4
-"""A deviation counts as 0 if it is below this share of the image's largest."""
+"""A deviation counts as 0 if it is below this share of the largest in the image or slice."""
 NUM_QUANTILES = 256
 RANKED_VOXELS = 2**17
 """About so many voxels of an image give its quantiles."""
@@ -56,10 +56,25 @@ def squared_differences(
     return found
 
 
-def standardised(values: CellValues3d, mean: CellValues3d, deviation: CellValues3d) -> CellValues3d:
-    """How far values lie from their local mean, in local standard deviations; 0 in flat parts."""
+def standardised(
+    values: CellValues3d,
+    mean: CellValues3d,
+    deviation: CellValues3d,
+    *,
+    across: int | None = None,
+) -> CellValues3d:
+    """How far values lie from their local mean, in local standard deviations; 0 in flat parts.
+
+    Args:
+        values: the values.
+        mean: their local mean.
+        deviation: their local standard deviation.
+        across: the axis across slices, each of which is taken alone; None in 3D.
+    """
     found = np.zeros_like(values)
-    varies = (deviation > FLAT * deviation.max()) & (deviation > 0)
+    within = tuple(axis for axis in range(values.ndim) if axis != across)
+    highest = deviation.max(axis=within, keepdims=True)
+    varies = (deviation > FLAT * highest) & (deviation > 0)
     return np.divide(values - mean, deviation, out=found, where=varies)
 
 

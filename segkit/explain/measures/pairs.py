@@ -18,26 +18,35 @@ def check_pairs(num_pairs: int, unlabelled: Mapping[int, Collection[str]]) -> No
         )
 
 
-def pairs_of(cases: Iterable[object]) -> Iterator[tuple[Volume, Volume | None]]:
-    """The pairs of a scan and its reference.
+def pairs_of(cases: object) -> Iterator[tuple[Volume, Volume | None]]:
+    """The pairs of a scan and its reference. Those of a list are checked before the first is used.
 
     Raises:
-        VolumeError: if one of the cases is not such a pair.
+        VolumeError: if one of the cases is not such a pair, or if there are no cases to go through.
     """
-    for number, case in enumerate(cases):
-        match case:
-            case (Volume() as scan, (Volume() | None) as reference):
-                yield scan, reference
-            case _:
-                raise VolumeError(
-                    f"case {number}: expected a pair of a scan and its reference (two Volumes, or "
-                    f"a Volume and None), found {_in_words(case)}; pass [(scan, reference), …]"
-                )
+    if not isinstance(cases, Iterable):
+        raise VolumeError(
+            f"expected pairs of a scan and its reference, found {_in_words(cases)}; pass "
+            "[(scan, reference), …]"
+        )
+    pairs = (_pair_of(number, case) for number, case in enumerate(cases))
+    return iter(list(pairs)) if isinstance(cases, list | tuple) else pairs
+
+
+def _pair_of(number: int, case: object) -> tuple[Volume, Volume | None]:
+    match case:
+        case (Volume() as scan, (Volume() | None) as reference):
+            return scan, reference
+        case _:
+            raise VolumeError(
+                f"case {number}: expected a pair of a scan and its reference (two Volumes, or a "
+                f"Volume and None), found {_in_words(case)}; pass [(scan, reference), …]"
+            )
 
 
 def _in_words(case: object) -> str:
     if isinstance(case, tuple | list):
-        return f"{len(case)} values ({', '.join(type(part).__name__ for part in case)})"
+        return f"{counted(len(case), 'value')} ({', '.join(type(part).__name__ for part in case)})"
     return f"{type(case).__name__}"
 
 

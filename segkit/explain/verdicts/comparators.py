@@ -211,7 +211,8 @@ def _other_functions(
         deviation = np.sqrt(np.maximum(gaussian(square) - local**2, 0))
         yield f"deviation{of}{gaussian.name}", deviation
         if any(gaussian.sigma):
-            yield f"standardised{of}{gaussian.name}", standardised(mean, local, deviation)
+            contrast = standardised(mean, local, deviation, across=across)
+            yield f"standardised{of}{gaussian.name}", contrast
         yield f"entropy{of}{gaussian.name}", entropy([gaussian(share) for share in bins])
         for name, values in functions.items():
             yield name + gaussian.name, gaussian(values.astype(np.float64))

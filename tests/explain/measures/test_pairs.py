@@ -30,12 +30,16 @@ def test_other_values_are_refused_with_what_they_are() -> None:
         ([pair, case.volume], "case 1: expected a pair .* found Volume;"),
         ([case], "case 0: expected a pair .* found ScoredVolume;"),
         ([(*pair, None)], r"found 3 values \(Volume, Volume, NoneType\); pass \[\(scan, ref"),
+        (case.volume, r"^expected pairs of a scan and its reference, found Volume; pass \[\(scan"),
+        ([[case.volume]], r"found 1 value \(Volume\);"),
         ([paths], r"found 2 values \(PosixPath, PosixPath\);"),
         ([(None, case.reference)], r"found 2 values \(NoneType, Volume\);"),
     ]
     for cases, told in wrong:
         with pytest.raises(VolumeError, match=told):
             list(pairs_of(cases))
+    with pytest.raises(VolumeError, match="case 1"):
+        pairs_of([pair, case])  # before any is used
     predictor = planted("mask")
     with pytest.raises(VolumeError, match=r"expected a pair .* found str;"):
         judge_gates(predictor, {"one": pair})  # type: ignore[arg-type]

@@ -132,6 +132,8 @@ def test_the_local_contrast_is_that_of_a_standard_score() -> None:
     deviation = np.array([[[4.0, 0.0, 1e-5]]])
     assert_allclose(standardised(values, mean, deviation), [[[0.5, 0, 0]]])
     assert_allclose(standardised(values, mean, 0 * deviation), 0)
+    alone = standardised(values, mean, deviation, across=2)
+    assert_allclose(alone, [[[0.5, 0, 1e5]]], rtol=1e-6)
 
 
 def test_differences_of_neighbours_are_those_of_each_direction() -> None:
