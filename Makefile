@@ -26,7 +26,7 @@ demo: $(FOR_DEMO) ## train on a small task, segment a scan, look at the maps
 	$(BIN)/segkit demo
 
 test: $(FOR_WORK) ## run the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
 
 test-slow: $(FOR_WORK) ## run the slow tests (they train)
 	$(BIN)/pytest -m "slow and not gpu"
