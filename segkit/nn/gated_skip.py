@@ -113,10 +113,16 @@ class GatedArgument:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        (place, name), (other, label) = self.skip, self.signal
-        skip = named[name] if name in named else args[place]
-        signal = named[label] if label in named else args[other]
+        skip, signal = self.values(args, named)
         return self.replaced(args, named, getattr(module, GATE).let_through(skip, signal))
+
+    def values(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The skip and the signal among the arguments of a call."""
+        skip, signal = (
+            named[name] if name in named else args[place]
+            for place, name in (self.skip, self.signal)
+        )
+        return skip, signal
 
     def replaced(
         self, args: tuple[Any, ...], named: dict[str, Any], skip: Tensor

@@ -110,8 +110,7 @@ def _using_skips(network: nn.Module, image: Tensor, joins: Sequence[FoundJoin]) 
             name: str = join.module,
             arguments: GatedArgument = join.arguments,
         ) -> None:
-            place, label = arguments.skip
-            skip = named[label] if label in named else args[place]
+            skip, _ = arguments.values(args, named)
             args, named = arguments.replaced(args, named, torch.zeros_like(skip))
             if not torch.equal(module.forward(*args, **named), output):
                 unused.discard(name)

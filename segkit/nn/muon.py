@@ -134,11 +134,11 @@ def _iterated(wide: Float[Tensor, "m n"], iterations: int) -> Float[Tensor, "m n
     """
     a, b, c = COEFFICIENTS
     gram = wide @ wide.T
-    product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    product: Tensor | None = None
     for left in reversed(range(iterations)):
         factor = torch.addmm(b * gram, gram, gram, alpha=c)
         factor.diagonal().add_(a)
-        product = factor @ product
+        product = factor if product is None else factor @ product
         if left:
             gram = factor @ gram @ factor
-    return product @ wide
+    return wide if product is None else product @ wide

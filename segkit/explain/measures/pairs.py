@@ -1,10 +1,35 @@
 """Checks of pairs of a scan and its reference, as they are passed from Python."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sized
 
 from segkit.config.labels import Labelling
 from segkit.errors import VolumeError, counted
 from segkit.io.volume import Volume
+
+
+def cases_to_judge(
+    cases: Iterable[object], unlabelled: Mapping[int, Collection[str]], labelling: Labelling
+) -> Iterator[tuple[str, Volume, Volume | None, Collection[str]]]:
+    """The name of each pair, its scan, its reference, and what nobody labelled in it.
+
+    Args:
+        cases: the pairs.
+        unlabelled: for the index of a pair, the classes or regions that nobody labelled.
+        labelling: the classes and regions that the model knows.
+
+    Raises:
+        VolumeError: if there are no pairs, or other values, or if `unlabelled` names an unknown
+            class or pair. It is raised before the first pair is used, if it is known by then.
+    """
+    if isinstance(cases, Sized):
+        check_pairs(len(cases), unlabelled)
+    count = 0
+    for scan, reference in pairs_of(cases):
+        name, lacking = f"case {count}", unlabelled.get(count, ())
+        check_unlabelled(name, lacking, labelling)
+        yield name, scan, reference, lacking
+        count += 1
+    check_pairs(count, unlabelled)
 
 
 def check_pairs(num_pairs: int, unlabelled: Mapping[int, Collection[str]]) -> None:

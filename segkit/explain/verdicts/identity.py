@@ -6,7 +6,7 @@ block; that does not mean that training needs such a block.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from segkit.explain.heads.study import (
     check_case,
     on_one_grid,
 )
-from segkit.explain.measures.pairs import check_pairs, check_unlabelled, pairs_of
+from segkit.explain.measures.pairs import cases_to_judge
 from segkit.explain.verdicts.ablation import Ablation, Against, ablation_rows, class_dice
 from segkit.explain.verdicts.evidence import holds_foreground
 from segkit.explain.verdicts.falls import (
@@ -167,13 +167,9 @@ def judge_attention(
         segkit.judge_attention(predictor, pairs).verdicts
     """
     chosen = check_blocks(predictor, blocks)
-    if isinstance(cases, Sized):
-        check_pairs(len(cases), unlabelled)
+    labelling = predictor.model.description.labelling
     rows: list[Ablation] = []
-    count = 0
-    for number, (volume, reference) in enumerate(pairs_of(cases)):
-        name, lacking = f"case {number}", unlabelled.get(number, ())
-        check_unlabelled(name, lacking, predictor.model.description.labelling)
+    for name, volume, reference, lacking in cases_to_judge(cases, unlabelled, labelling):
         rows += without_blocks(
             predictor,
             volume,
@@ -183,8 +179,6 @@ def judge_attention(
             unlabelled=lacking,
             track=track,
         )
-        count = number + 1
-    check_pairs(count, unlabelled)
     return study_of(predictor, chosen, rows)
 
 

@@ -1,10 +1,10 @@
 """Verdicts on a model's gates over several scans."""
 
-from collections.abc import Collection, Iterable, Mapping, Sized
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 
 from segkit.errors import ModelError
-from segkit.explain.measures.pairs import check_pairs, check_unlabelled, pairs_of
+from segkit.explain.measures.pairs import cases_to_judge
 from segkit.explain.verdicts.ablation import check_gates
 from segkit.explain.verdicts.evidence import CaseEvidence, gather_evidence
 from segkit.explain.verdicts.rule import GateVerdict, judge_evidence
@@ -59,13 +59,9 @@ def judge_gates(
     if seed < 0:
         raise ModelError(f"expected a seed of 0 or more, found {seed}; use another seed")
     check_gates(predictor)
-    if isinstance(cases, Sized):
-        check_pairs(len(cases), unlabelled)
+    labelling = predictor.model.description.labelling
     found: list[CaseEvidence] = []
-    for number, (volume, reference) in enumerate(pairs_of(cases)):
-        name = f"case {number}"
-        lacking = unlabelled.get(number, ())
-        check_unlabelled(name, lacking, predictor.model.description.labelling)
+    for name, volume, reference, lacking in cases_to_judge(cases, unlabelled, labelling):
         prediction = predictor(volume, maps=True)
         found.append(
             gather_evidence(
@@ -82,5 +78,4 @@ def judge_gates(
                 track=track,
             )
         )
-    check_pairs(len(found), unlabelled)
     return judge_evidence(found)
