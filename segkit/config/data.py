@@ -158,6 +158,10 @@ class DataConfig(SplitDatasetConfig):
     first, and then one of its classes."""
     augment: bool = True
     """Whether patches are rotated, scaled and mirrored, and their intensities varied."""
+    augment_share: Share = 1.0
+    """How often patches are rotated, scaled and deformed, and their intensities varied, as a share
+    of nnU-Net's probabilities. With 0, patches are only mirrored. A short training learns more from
+    patches as they are. Used only if `augment` is true and `synthesis` is not given."""
     elastic: bool = False
     """Whether a fifth of the patches is also deformed smoothly, by about 2 mm (not in nnU-Net)."""
     mirror: list[WorldAxis] | None = None
@@ -216,6 +220,10 @@ class DataConfig(SplitDatasetConfig):
             )
         if self.elastic and not self.augment and self.synthesis is None:
             raise ValueError("data.elastic needs data.augment, which is false; set it to true")
+        if self.elastic and self.augment_share == 0 and self.synthesis is None:
+            raise ValueError(
+                "data.elastic needs data.augment_share above 0, found 0; set it to 1, or less"
+            )
         if self.batch_size * math.prod(self.patch_size) > MOST_IN_BATCH:
             raise ValueError(
                 f"data.batch_size {self.batch_size} with data.patch_size {self.patch_size} has "

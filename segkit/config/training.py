@@ -150,8 +150,8 @@ class TrainConfig(Section):
     cosine: CosineConfig = CosineConfig()
     """Used only if `schedule` is cosine."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """The highest learning rate of the schedule. Default: 0.003 for AdamW and Muon, 0.01 for SGD.
-    """
+    """The highest learning rate of the schedule. Default: 0.003 for AdamW, 0.006 for Muon, 0.01 for
+    SGD."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """Decoupled weight decay for AdamW and Muon (Loshchilov and Hutter 2019), L2 penalty for SGD.
     Default: 0.05 for AdamW and Muon, 3e-5 for SGD."""

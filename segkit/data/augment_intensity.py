@@ -29,6 +29,8 @@ class IntensityVariation:
     channel. Its strength is drawn for each channel.
     """
 
+    share: float = 1.0
+    """Factor of the probability that a sample is changed, between 0 and 1."""
     noise_probability: float = 0.1
     noise_variance: Range = (0.0, 0.1)
     """Drawn once for all channels of a sample; the noise itself differs between channels."""
@@ -70,7 +72,7 @@ class IntensityVariation:
         with torch.autocast(image.device.type, enabled=False):
             varied = image.to(torch.float32, copy=True).flatten(0, 1)
             for of_samples, of_channels, step in steps:
-                samples = torch.rand(batch, 1, generator=generator) < of_samples
+                samples = torch.rand(batch, 1, generator=generator) < self.share * of_samples
                 chosen = samples & (torch.rand(batch, channels, generator=generator) < of_channels)
                 rows = chosen.flatten().nonzero().flatten()
                 if len(rows) > 0:

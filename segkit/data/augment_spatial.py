@@ -44,6 +44,8 @@ class SpatialVariation:
     mirror_axes: tuple[int, ...]
     spacing: tuple[float, ...] | None = None
     """Voxel size in mm along each axis. Default: 1 along all axes."""
+    share: float = 1.0
+    """Factor of the probability of each change but mirroring, between 0 and 1."""
     rotation_probability: float = 0.2
     angles: tuple[float, float] | None = None
     """Smallest and largest angle in each plane of rotation, in radians. Default: by the shape of
@@ -78,11 +80,12 @@ class SpatialVariation:
     def margin(self) -> tuple[int, ...]:
         """Number of voxels to cut in addition at each end of a patch, which rotation needs.
 
+        It is 0 if patches are only mirrored.
         Along moving axes it is an eighth of the patch, plus twice the amplitude of deformation.
         Then rotated patches seldom look outside the cut. It is the same at both ends; otherwise a
         patch that is not rotated would be shifted by half a voxel.
         """
-        moving = self.moving_axes
+        moving = self.moving_axes if self.share > 0 else ()
         bent = 2 * self.elastic_amplitude if self.elastic_probability > 0 else 0.0
         return tuple(
             math.ceil(size / 8) + math.ceil(bent / self._spacing[axis]) if axis in moving else 0
@@ -109,7 +112,7 @@ class SpatialVariation:
         scaled or deformed is only cut and flipped, bit for bit.
         """
         transforms = self._transforms(len(image), generator)
-        bent = torch.rand(len(image), generator=generator) < self.elastic_probability
+        bent = torch.rand(len(image), generator=generator) < self.share * self.elastic_probability
         if self.elastic_amplitude == 0:
             bent = torch.zeros_like(bent)
         flips = torch.rand(len(image), len(self.mirror_axes), generator=generator)
@@ -162,12 +165,12 @@ class SpatialVariation:
         transforms = np.tile(np.eye(num_axes), (batch_size, 1, 1))
         draws = torch.rand(batch_size, 3 + len(planes), generator=generator).tolist()
         for matrix, (turn, resize, scale, *turns) in zip(transforms, draws, strict=True):
-            if turn < self.rotation_probability:
+            if turn < self.share * self.rotation_probability:
                 for (first, second), angle in zip(planes, turns, strict=True):
                     angle = low + (high - low) * angle
                     matrix[:] = matrix @ _rotation(num_axes, first, second, angle)
                 matrix *= spacing / spacing[:, None]
-            if resize < self.scale_probability:
+            if resize < self.share * self.scale_probability:
                 matrix[:, moving] /= self.scales[0] + (self.scales[1] - self.scales[0]) * scale
         return torch.from_numpy(transforms)
 

@@ -30,7 +30,8 @@ def build_variation(
     """The function that augments a batch, and the margin that patches need for it, in voxels.
 
     With `data.synthesis`, images are drawn from labels that were rotated and deformed, and their
-    intensities are not varied further.
+    intensities are not varied further. Without it, `data.augment_share` multiplies the probability
+    of each change but mirroring.
 
     Args:
         config: the settings of the data.
@@ -48,10 +49,12 @@ def build_variation(
     sides = zip(patch_size, spacing, strict=True)
     longest = max(size * step for size, step in sides if size > 1)
     apart = min(CONTROL_POINTS_MM, longest / 2)
+    share = config.augment_share if config.synthesis is None else 1.0
     spatial = SpatialVariation(
         patch_size,
         mirror_axes,
         spacing=spacing,
+        share=share,
         elastic_probability=ELASTIC_PROBABILITY if config.elastic else 0.0,
         elastic_amplitude=apart * BENDING,
         elastic_spacing=apart,
@@ -68,6 +71,7 @@ def build_variation(
         return lambda image, label, _: (image, label), (0, 0, 0)
     still = [axis for axis in range(3) if axis not in spatial.moving_axes]
     intensity = IntensityVariation(
+        share=share,
         low_resolution_kept_axes=tuple(axis for axis in still if patch_size[axis] > 1)
     )
     if first_classes:

@@ -26,6 +26,7 @@ def sections_of(
     source: DatasetConfig,
     *,
     schedule: Schedule,
+    augmenting: tuple[float, str] | None,
     own_schedule: bool,
     labels: Sequence[str],
     accelerator: str | None,
@@ -38,6 +39,8 @@ def sections_of(
         plan: the plan of the dataset.
         source: settings of the dataset.
         schedule: steps, validations and minutes.
+        augmenting: how often patches are augmented, as a share, and why; None leaves it to the
+            default.
         own_schedule: whether plan and schedule are nnU-Net's own, without attention.
         labels: names of the dataset's classes or regions.
         accelerator: 'cpu' or 'gpu'; None leaves the choice to the training.
@@ -52,6 +55,9 @@ def sections_of(
         patch_size=list(plan.patch_size),
         mirror=["x", "y", "z"] if own_schedule else None,
     )
+    axes, why_axes = mirroring.mirrored(labels), mirroring.mirrored_because(labels)
+    if augmenting is not None and augmenting[0] == 0:
+        axes, why_axes = [], "Patches are not mirrored either."
     gates = {"skip": shallow if len(plan.channels) == 2 else "additive_grid"}
     return {
         "data": {
@@ -63,7 +69,8 @@ def sections_of(
             **{name: (value, "") for name, value in given.items()},
             "slices": (plan.slices if plan.spatial_dims == 2 else None, why["slices"]),
             "normalisation": (_normalisation(plan.normalisation), why["normalisation"]),
-            "mirror": (mirroring.mirrored(labels), mirroring.mirrored_because(labels)),
+            "augment_share": augmenting or (None, ""),
+            "mirror": (axes, why_axes),
             "first_stage": (
                 first_stage and [str(first_stage)],
                 f"{why['low_resolution']} The network receives the labels of the first stage "

@@ -24,6 +24,7 @@ from segkit.io.volume import read_picture_facts
 from segkit.io.volume_names import is_picture
 from segkit.planning import nnunet_rules as rules
 from segkit.planning.absent_gpu import LIKE, estimated_seconds
+from segkit.planning.augmentation import num_passes, planned_share
 from segkit.planning.config_text import Sections, sections_of, text_of, values_of
 from segkit.planning.fingerprint import Fingerprint
 from segkit.planning.plan import Plan
@@ -162,24 +163,31 @@ def _planned(
 ) -> Planned:
     """The planned config of one stage; `first` is the run of the stage before it, if any."""
     written = partial(_sections, task, plan, first=first)
-    schedule = task.draft()
+    schedule, augmenting = task.draft(), None
     if not task.own_schedule:
         draft = validated(
             Config, values_of(name, written(schedule)), f"plan of {task.source.folder}"
         )
         schedule = _schedule(task, plan, draft, with_labels=first is not None)
-    sections = written(schedule)
+        augmenting = _augmenting(task, plan, draft, schedule.steps)
+    sections = written(schedule, augmenting=augmenting)
     config = validated(Config, values_of(name, sections), f"plan of {task.source.folder}")
     return Planned(config, text_of(name, sections, heading), task.fingerprint, plan)
 
 
 def _sections(
-    task: PlanningTask, plan: Plan, schedule: Schedule, *, first: Path | None = None
+    task: PlanningTask,
+    plan: Plan,
+    schedule: Schedule,
+    *,
+    augmenting: tuple[float, str] | None = None,
+    first: Path | None = None,
 ) -> Sections:
     return sections_of(
         plan,
         task.source,
         schedule=schedule,
+        augmenting=augmenting,
         own_schedule=task.own_schedule,
         labels=list(task.dataset.labels),
         accelerator=task.accelerator,
@@ -201,9 +209,7 @@ def _schedule(task: PlanningTask, plan: Plan, config: Config, *, with_labels: bo
             in_channels=description.channels_in,
             num_classes=len(description.labelling.outputs),
         )
-    shapes = task.fingerprint.numbers()
-    median = rules.median_shape(shapes.spacings, shapes.shapes, plan.spacing)
-    size = [round(n) for n in median]
+    size = [round(n) for n in _median_shape(task, plan)]
     per_case = window * num_windows(size, description.volume_patch)
     held_out = len(split_with(task.dataset, config.data, config.train.seed).held_out)
     return schedule_within(
@@ -214,6 +220,25 @@ def _schedule(task: PlanningTask, plan: Plan, config: Config, *, with_labels: bo
         precision=precision_of(task.device) if task.timed else torch.bfloat16,
         place=place,
     )
+
+
+def _augmenting(task: PlanningTask, plan: Plan, config: Config, steps: int) -> tuple[float, str]:
+    """How often patches are augmented, and why, for a number of steps."""
+    split = split_with(task.dataset, config.data, config.train.seed)
+    passes = num_passes(
+        steps,
+        batch_size=plan.batch_size,
+        patch_size=_described(task, config, with_labels=False).volume_patch,
+        median=_median_shape(task, plan),
+        training_cases=len(split.train),
+    )
+    return planned_share(passes)
+
+
+def _median_shape(task: PlanningTask, plan: Plan) -> tuple[float, float, float]:
+    """The median shape of the cases at the plan's spacing."""
+    numbers = task.fingerprint.numbers()
+    return rules.median_shape(numbers.spacings, numbers.shapes, plan.spacing)
 
 
 def _described(task: PlanningTask, config: Config, *, with_labels: bool) -> ModelDescription:

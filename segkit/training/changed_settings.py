@@ -60,6 +60,7 @@ APPLIED = {
     "data.draw_cases",
     "data.draw_classes",
     "data.augment",
+    "data.augment_share",
     "data.elastic",
     "data.mirror",
     "data.synthesis",

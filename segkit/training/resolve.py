@@ -44,7 +44,7 @@ from segkit.system.resources import bfloat16_is_fast
 
 logger = logging.getLogger(__name__)
 
-LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2, "muon": 3e-3}
+LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2, "muon": 6e-3}
 WEIGHT_DECAY = {"adamw": 0.05, "sgd": 3e-5, "muon": 0.05}
 TRAINED_IN = ("auto", "32-true", "bf16-mixed", "16-mixed", "32", 32, "16", 16, "bf16")
 """Lightning's names of precisions that segkit can train in: single or mixed precision."""

@@ -51,7 +51,13 @@ OF_PART = {
     "optimiser": (*OPTIMISERS, "train.weight_decay"),
     "schedule": ("train.schedule", *(f"train.{name}" for name in SCHEDULES)),
     "sampler": ("data.foreground_share", "data.draw_cases", "data.draw_classes"),
-    "augmentation": ("data.augment", "data.elastic", "data.mirror", "data.synthesis"),
+    "augmentation": (
+        "data.augment",
+        "data.augment_share",
+        "data.elastic",
+        "data.mirror",
+        "data.synthesis",
+    ),
 }
 """Settings from which a part is made that can be replaced from Python."""
 
@@ -126,6 +132,9 @@ def _conditions(key: str, config: Config, held_out: bool) -> Iterator[tuple[bool
         yield train.validation_cases != 0, "train.validation_cases is 0"
     if key == "data.mirror":
         yield data.augment or data.synthesis is not None, "data.augment is false"
+    if key == "data.augment_share":
+        yield data.synthesis is None, "data.synthesis draws the images"
+        yield data.augment, "data.augment is false"
     if is_one_of(key, {"data.draw_classes"}):
         yield data.foreground_share > 0, "data.foreground_share is 0"
     if key == "data.case_table":

@@ -251,6 +251,7 @@ APPLIED_BY: dict[str, Row] = {
     "data.draw_cases": ("adamw", ["data.draw_cases={TRAINED: 0}"], other_weights),
     "data.draw_classes": ("adamw", ["data.draw_classes={ball: 2.0}"], other_weights),
     "data.augment": ("adamw", ["data.augment=false"], other_weights),
+    "data.augment_share": ("adamw", ["data.augment_share=0.5"], other_weights),
     "data.elastic": ("adamw", ["data.elastic=true"], other_weights),
     "data.mirror": ("adamw", ["data.mirror=[x,y,z]"], other_weights),
     "data.synthesis.intensities": (
