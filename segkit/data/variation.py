@@ -71,8 +71,7 @@ def build_variation(
         return lambda image, label, _: (image, label), (0, 0, 0)
     still = [axis for axis in range(3) if axis not in spatial.moving_axes]
     intensity = IntensityVariation(
-        share=share,
-        low_resolution_kept_axes=tuple(axis for axis in still if patch_size[axis] > 1)
+        share=share, low_resolution_kept_axes=tuple(axis for axis in still if patch_size[axis] > 1)
     )
     if first_classes:
         beside = VariationWithLabels(first_classes, spatial, intensity, LabelCorruption())

@@ -1,8 +1,8 @@
 """How often a planned training augments its patches: the fewer its passes over the data, the less.
 
 Augmentation keeps a network from learning its training cases by heart. A short training cannot do
-that: it sees each voxel a few times only, and learns more from patches as they are. docs/planning.md
-has the measurements from which the limits were chosen.
+that: it sees each voxel a few times only, and learns more from patches as they are.
+docs/planning.md has the measurements from which the limits were chosen.
 """
 
 import math

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.testing import assert_close
 
-from segkit.config.data import DataConfig
+from segkit.config.data import DataConfig, SynthesisConfig
 from segkit.data.augment_spatial import SpatialVariation
 from segkit.data.variation import BENDING, ELASTIC_PROBABILITY, build_variation
 from segkit.errors import ConfigError
@@ -144,6 +144,50 @@ def test_a_config_bends_a_fifth_of_its_patches(tmp_path: Path) -> None:
     assert still[1] == pytest.approx(0.64 * (1 - ELASTIC_PROBABILITY), abs=0.07)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_of_nnunets_changes_is_made(share: float, tmp_path: Path) -> None:
+    """Places are left by rotation (0.2) and scaling (0.2), intensities by seven changes."""
+    size, labels = (24, 24, 1), ["background", "ball"]
+    data = DataConfig(folder=tmp_path, patch_size=list(size), augment_share=share)
+    vary, margin = build_variation(data, size, spacing=(3.0, 3.0, 3.0), labels=labels)
+    assert (margin == (0, 0, 0)) == (share == 0)
+    cut = [n + 2 * m for n, m in zip(size, margin, strict=True)]
+    image = torch.rand(800, 1, *cut, generator=seeded(5))
+    label = torch.arange(math.prod(cut)).view(cut).expand(800, *cut)
+    varied, moved = vary(image, label, seeded(4))
+    inside = tuple(slice(m, m + n) for m, n in zip(margin, size, strict=True))
+    at_rest, values = label[:, *inside], image[:, 0, *inside]
+    as_cut = (moved == at_rest).flatten(1).all(1)
+    flipped = (moved == at_rest.flip(1)).flatten(1).all(1)
+    assert float((as_cut | flipped).float().mean()) == pytest.approx(
+        (1 - 0.2 * share) ** 2, abs=0.07
+    )
+    assert float(flipped.float().mean()) == pytest.approx(0.5 * (1 - 0.2 * share) ** 2, abs=0.07)
+    same = torch.where(flipped[:, None, None, None], values.flip(1), values) == varied[:, 0]
+    # Noise, blur, brightness, contrast, low resolution and two gamma curves; two of them are drawn
+    # for the channel too, with probability 0.5.
+    kept = math.prod(1 - share * p for p in (0.1, 0.1, 0.15, 0.15, 0.125, 0.1, 0.3))
+    still = same.flatten(1).all(1)[as_cut | flipped]
+    assert float(still.float().mean()) == pytest.approx(kept, abs=0.07)
+
+
+def test_a_share_does_not_concern_drawn_images(tmp_path: Path) -> None:
+    size = [16, 16, 1]
+    drawn = []
+    for share in (0.0, 1.0):
+        data = DataConfig(
+            folder=tmp_path, patch_size=size, augment_share=share, synthesis=SynthesisConfig()
+        )
+        vary, margin = build_variation(
+            data, (16, 16, 1), spacing=(1.0, 1.0, 1.0), labels=["background", "ball"]
+        )
+        cut = [n + 2 * m for n, m in zip(size, margin, strict=True)]
+        label = (torch.rand(4, *cut, generator=seeded(1)) < 0.3).to(torch.uint8)
+        drawn.append(vary(torch.zeros(4, 1, *cut), label, seeded(2)))
+    for one, other in zip(*drawn, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_bending_is_off_by_default_and_needs_augmentation() -> None:
     assert not small_config(Path("data")).data.elastic
     for augment, synthesis in itertools.product((True, False), (None, {})):
@@ -153,3 +197,5 @@ def test_bending_is_off_by_default_and_needs_augmentation() -> None:
         else:
             with pytest.raises(ConfigError, match=r"data\.elastic needs data\.augment"):
                 small_config(Path("data"), data=changes)
+    with pytest.raises(ConfigError, match=r"needs data\.augment_share above 0, found 0; set it to"):
+        small_config(Path("data"), data={"elastic": True, "augment_share": 0})

@@ -42,3 +42,15 @@ def test_a_setting_of_an_optimiser_that_the_plan_did_not_choose_is_told(
     caplog.clear()
     assert run(*words, word, "train.optimiser=adamw", capsys=capsys)[0] == 0
     assert "no effect" not in caplog.text
+
+
+def test_a_share_of_augmentation_is_told_if_nothing_is_augmented(tmp_path: Path) -> None:
+    words = ["data.augment_share=0.5"]
+    config = changed(small_config(small_dataset(tmp_path)), words)
+    assert told_of_unused(words, config) == []
+    assert told_of_unused(words, changed(config, ["data.augment=false"])) == [
+        "data.augment_share has no effect, because data.augment is false"
+    ]
+    assert told_of_unused(words, changed(config, ["data.synthesis={}"])) == [
+        "data.augment_share has no effect, because data.synthesis draws the images"
+    ]

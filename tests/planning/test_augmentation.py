@@ -1,0 +1,75 @@
+"""The planned share of augmentation follows the passes over the training cases."""
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segkit.planning import planned_seconds, planning_task
+from segkit.planning.augmentation import (
+    PASSES_WITH_ALL,
+    PASSES_WITHOUT,
+    num_passes,
+    planned_share,
+)
+from segkit.planning.make_plan import Planned, plan_dataset
+from tests.small import small_dataset
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "median", "passes"),
+    [
+        ((40, 56, 40), (35.0, 51.0, 36.0), 10.0),  # what lies outside the image does not count
+        ((20, 51, 36), (40.0, 51.0, 36.0), 5.0),
+        ((64, 1, 32), (64.0, 50.0, 64.0), 0.1),  # slices across y
+        ((192, 192, 1), (384.0, 192.0, 1.0), 5.0),
+    ],
+)
+def test_passes_count_how_often_a_voxel_is_seen(
+    patch_size: tuple[int, ...], median: tuple[float, ...], passes: float
+) -> None:
+    found = num_passes(600, batch_size=2, patch_size=patch_size, median=median, training_cases=120)
+    assert found == pytest.approx(passes)
+
+
+def test_few_passes_have_no_augmentation_and_many_have_all() -> None:
+    assert planned_share(0.1)[0] == planned_share(PASSES_WITHOUT)[0] == 0
+    assert planned_share(PASSES_WITH_ALL)[0] == planned_share(1e6)[0] == 1
+    middle, why = planned_share(math.sqrt(PASSES_WITHOUT * PASSES_WITH_ALL))
+    assert middle == 0.5
+    assert why.startswith("Training sees each voxel 60 times, on average.")
+
+
+@given(st.floats(0, 1e4), st.floats(0, 1e4))
+def test_more_passes_never_have_less_augmentation(one: float, other: float) -> None:
+    fewer, more = sorted((one, other))
+    assert planned_share(fewer)[0] <= planned_share(more)[0]
+
+
+def test_a_plan_augments_by_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four cases train; the patch holds a whole case, in batches of 2."""
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e12)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
+    dataset = small_dataset(tmp_path / "balls", num_cases=5)
+
+    def planned(minutes: float) -> Planned:
+        return plan_dataset(dataset, cache=tmp_path / "cache", device="cpu", minutes=minutes)
+
+    for minutes in (0.2, 1.5, 20.0):
+        plan = planned(minutes)
+        config = plan.config
+        passes = config.train.steps * config.data.batch_size / 4
+        assert config.data.augment_share == planned_share(passes)[0], minutes
+        still = config.data.augment_share == 0
+        assert config.data.mirror == ([] if still else ["x"])
+        assert ("Patches are not mirrored either." in plan.text) == still
+    shares = [planned(minutes).config.data.augment_share for minutes in (0.2, 1.5, 20.0)]
+    assert shares[0] == 0 < shares[1] < shares[2] == 1
+
+
+def test_nnunets_preset_augments_as_nnunet_does(tmp_path: Path) -> None:
+    dataset = small_dataset(tmp_path / "balls", num_cases=5)
+    planned = plan_dataset(dataset, cache=tmp_path / "cache", device="cpu", preset="nnunet")
+    assert planned.config.data.augment_share == 1 and "augment_share" not in planned.text
