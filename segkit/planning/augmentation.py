@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from segkit.errors import counted
 
-PASSES_WITHOUT = 30.0
-"""With at most this number of passes, patches are neither augmented nor mirrored."""
-PASSES_WITH_ALL = 120.0
-"""From this number of passes on, patches are augmented as often as in nnU-Net."""
+PASSES = (30.0, 120.0)
+STEPS = (2_500.0, 10_000.0)
+"""Up to the first number of passes and of steps, patches are neither augmented nor mirrored. From
+the second number of either on, they are augmented as often as in nnU-Net."""
 
 
 def num_passes(
@@ -46,16 +46,27 @@ def num_passes(
     return steps * batch_size * seen / (math.prod(median) * training_cases)
 
 
-def planned_share(passes: float) -> tuple[float, str]:
+def planned_share(passes: float, steps: int) -> tuple[float, str]:
     """The planned `data.augment_share`, and the reason.
 
-    It rises with the logarithm of the passes, from 0 at `PASSES_WITHOUT` to 1 at `PASSES_WITH_ALL`.
+    It rises with the logarithm of the passes, and with that of the steps; the larger share counts.
+    A long training of a large dataset has few passes, but it is augmented as in nnU-Net.
+
+    Args:
+        passes: how often training sees each voxel of its training cases, on average.
+        steps: number of training steps.
     """
-    rise = math.log(max(passes, PASSES_WITHOUT) / PASSES_WITHOUT)
-    share = min(rise / math.log(PASSES_WITH_ALL / PASSES_WITHOUT), 1.0)
+    share = max(_risen(passes, *PASSES), _risen(steps, *STEPS))
     times = counted(float(f"{passes:.2g}"), "time")
+    (no_passes, all_passes), (no_steps, all_steps) = PASSES, STEPS
     return round(share, 2), (
-        f"Training sees each voxel {times}, on average. With at most {PASSES_WITHOUT:g} times, "
-        f"networks learn more from patches as they are; from {PASSES_WITH_ALL:g} times on, patches "
-        "are augmented as often as in nnU-Net."
+        f"Training sees each voxel {times}, on average. With at most {no_passes:g} times and "
+        f"{no_steps:,.0f} steps, networks learn more from patches as they are; from "
+        f"{all_passes:g} times or {all_steps:,.0f} steps on, patches are augmented as often as in "
+        "nnU-Net."
     )
+
+
+def _risen(value: float, low: float, high: float) -> float:
+    """0 up to the lower value, 1 from the higher value on, and linear in the logarithm between."""
+    return min(math.log(max(value, low) / low) / math.log(high / low), 1.0)

@@ -232,7 +232,7 @@ def _augmenting(task: PlanningTask, plan: Plan, config: Config, steps: int) -> t
         median=_median_shape(task, plan),
         training_cases=len(split.train),
     )
-    return planned_share(passes)
+    return planned_share(passes, steps)
 
 
 def _median_shape(task: PlanningTask, plan: Plan) -> tuple[float, float, float]:

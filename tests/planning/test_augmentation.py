@@ -8,12 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segkit.planning import planned_seconds, planning_task
-from segkit.planning.augmentation import (
-    PASSES_WITH_ALL,
-    PASSES_WITHOUT,
-    num_passes,
-    planned_share,
-)
+from segkit.planning.augmentation import num_passes, planned_share
 from segkit.planning.make_plan import Planned, plan_dataset
 from tests.small import small_dataset
 
@@ -34,18 +29,19 @@ def test_passes_count_how_often_a_voxel_is_seen(
     assert found == pytest.approx(passes)
 
 
-def test_few_passes_have_no_augmentation_and_many_have_all() -> None:
-    assert planned_share(0.1)[0] == planned_share(PASSES_WITHOUT)[0] == 0
-    assert planned_share(PASSES_WITH_ALL)[0] == planned_share(1e6)[0] == 1
-    middle, why = planned_share(math.sqrt(PASSES_WITHOUT * PASSES_WITH_ALL))
-    assert middle == 0.5
-    assert why.startswith("Training sees each voxel 60 times, on average.")
+def test_a_short_training_of_few_passes_is_not_augmented_and_a_long_one_is() -> None:
+    assert planned_share(0.1, 10)[0] == planned_share(30.0, 2500)[0] == 0
+    assert planned_share(120.0, 10)[0] == planned_share(1e6, 10**6)[0] == 1
+    assert planned_share(0.1, 10_000)[0] == 1  # a large dataset
+    middle, why = planned_share(60.0, 10)
+    assert middle == planned_share(0.1, 5000)[0] == 0.5
+    assert why.startswith("Training sees each voxel 60 times, on average. With at most 30 times an")
 
 
-@given(st.floats(0, 1e4), st.floats(0, 1e4))
-def test_more_passes_never_have_less_augmentation(one: float, other: float) -> None:
+@given(st.floats(0, 1e4), st.floats(0, 1e4), st.integers(1, 10**6))
+def test_more_passes_never_have_less_augmentation(one: float, other: float, steps: int) -> None:
     fewer, more = sorted((one, other))
-    assert planned_share(fewer)[0] <= planned_share(more)[0]
+    assert planned_share(fewer, steps)[0] <= planned_share(more, steps)[0]
 
 
 def test_a_plan_augments_by_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +57,7 @@ def test_a_plan_augments_by_its_steps(tmp_path: Path, monkeypatch: pytest.Monkey
         plan = planned(minutes)
         config = plan.config
         passes = config.train.steps * config.data.batch_size / 4
-        assert config.data.augment_share == planned_share(passes)[0], minutes
+        assert config.data.augment_share == planned_share(passes, config.train.steps)[0], minutes
         still = config.data.augment_share == 0
         assert config.data.mirror == ([] if still else ["x"])
         assert ("Patches are not mirrored either." in plan.text) == still
