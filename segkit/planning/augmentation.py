@@ -56,15 +56,12 @@ def planned_share(passes: float, steps: int) -> tuple[float, str]:
         passes: how often training sees each voxel of its training cases, on average.
         steps: number of training steps.
     """
-    share = max(_risen(passes, *PASSES), _risen(steps, *STEPS))
-    times = counted(float(f"{passes:.2g}"), "time")
-    (no_passes, all_passes), (no_steps, all_steps) = PASSES, STEPS
-    return round(share, 2), (
-        f"Training sees each voxel {times}, on average. With at most {no_passes:g} times and "
-        f"{no_steps:,.0f} steps, networks learn more from patches as they are; from "
-        f"{all_passes:g} times or {all_steps:,.0f} steps on, patches are augmented as often as in "
-        "nnU-Net."
-    )
+    share = round(max(_risen(passes, *PASSES), _risen(steps, *STEPS)), 2)
+    seen = f"Training sees each voxel {counted(float(f'{passes:.2g}'), 'time')}, on average"
+    if share == 0:
+        return share, f"{seen}. In so short a training, patches as they are teach more."
+    often = "as often as in" if share == 1 else f"with {share:g} times the probabilities of"
+    return share, f"{seen}. Patches are augmented {often} nnU-Net."
 
 
 def _risen(value: float, low: float, high: float) -> float:

@@ -209,8 +209,10 @@ def _schedule(task: PlanningTask, plan: Plan, config: Config, *, with_labels: bo
             in_channels=description.channels_in,
             num_classes=len(description.labelling.outputs),
         )
-    size = [round(n) for n in _median_shape(task, plan)]
-    per_case = window * num_windows(size, description.volume_patch)
+    numbers = task.fingerprint.numbers()
+    sizes = rules.resampled_shapes(numbers.spacings, numbers.shapes, plan.spacing)
+    windows = [num_windows(size, description.volume_patch) for size in sizes]
+    per_case = window * sum(windows) / len(windows)
     held_out = len(split_with(task.dataset, config.data, config.train.seed).held_out)
     return schedule_within(
         task.minutes,

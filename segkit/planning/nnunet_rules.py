@@ -160,20 +160,27 @@ def coarsest_axis(spacing: Spacing | list[float]) -> int:
     return max(range(len(spacing)), key=lambda axis: (spacing[axis], axis))
 
 
-def median_shape(
+def resampled_shapes(
     spacings: Sequence[Spacing], shapes: Sequence[Size], target: Spacing
-) -> tuple[float, float, float]:
-    """The median shape of the cases at the target spacing, each rounded to whole voxels.
+) -> list[list[int]]:
+    """The shape of each case at the target spacing, rounded to whole voxels.
 
     An axis of one voxel keeps it, as in preprocessing.
     """
-    resampled = [
+    return [
         [
             max(round(s * n / t), 1) if n > 1 else 1
             for s, n, t in zip(spacing, shape, target, strict=True)
         ]
         for spacing, shape in zip(spacings, shapes, strict=True)
     ]
+
+
+def median_shape(
+    spacings: Sequence[Spacing], shapes: Sequence[Size], target: Spacing
+) -> tuple[float, float, float]:
+    """The median shape of the cases at the target spacing, each rounded to whole voxels."""
+    resampled = resampled_shapes(spacings, shapes, target)
     x, y, z = np.median(np.array(resampled, float), axis=0).tolist()
     return x, y, z
 

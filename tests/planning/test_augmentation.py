@@ -1,6 +1,5 @@
 """The planned share of augmentation follows the passes over the training cases."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -33,9 +32,20 @@ def test_a_short_training_of_few_passes_is_not_augmented_and_a_long_one_is() -> 
     assert planned_share(0.1, 10)[0] == planned_share(30.0, 2500)[0] == 0
     assert planned_share(120.0, 10)[0] == planned_share(1e6, 10**6)[0] == 1
     assert planned_share(0.1, 10_000)[0] == 1  # a large dataset
-    middle, why = planned_share(60.0, 10)
-    assert middle == planned_share(0.1, 5000)[0] == 0.5
-    assert why.startswith("Training sees each voxel 60 times, on average. With at most 30 times an")
+    assert planned_share(60.0, 10)[0] == planned_share(0.1, 5000)[0] == 0.5
+
+
+def test_a_plan_says_how_often_patches_are_augmented_and_why() -> None:
+    seen = "Training sees each voxel {} times, on average. "
+    for passes, told in (
+        (12.6, seen.format(13) + "In so short a training, patches as they are teach more."),
+        (
+            60.0,
+            seen.format(60) + "Patches are augmented with 0.5 times the probabilities of nnU-Net.",
+        ),
+        (437.0, seen.format(440) + "Patches are augmented as often as in nnU-Net."),
+    ):
+        assert planned_share(passes, 10)[1] == told
 
 
 @given(st.floats(0, 1e4), st.floats(0, 1e4), st.integers(1, 10**6))

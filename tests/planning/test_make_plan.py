@@ -20,9 +20,10 @@ from segkit.errors import DatasetError, SegkitError, counted
 from segkit.geometry.grid import Grid
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.nn.network import SegmentationNetwork
-from segkit.planning import planned_seconds, planning_task
+from segkit.planning import make_plan, planned_seconds, planning_task
 from segkit.planning.make_plan import Planned, _run_name, plan_dataset
 from segkit.planning.planning_task import Preset
+from segkit.planning.schedule import Schedule
 from segkit.system.progress import untracked
 from segkit.training.fit import train
 from tests.small import magnified, small_dataset
@@ -436,3 +437,27 @@ def test_a_plan_reserves_time_for_the_cases_that_are_really_held_out(
     source = SplitDatasetConfig.model_validate({"folder": str(dataset), **settings})
     planned = plan_dataset(source, cache=tmp_path / "cache", device="cpu", minutes=1)
     assert re.search(rf"validations? of {counted(held_out, 'case')}", planned.text)
+
+
+def test_the_time_of_a_validation_counts_the_windows_of_each_case(
+    dataset: Path, tmp_path: Path, steady: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of five cases are twice as long along each axis; the median case has one window."""
+    for name in ("case_1", "case_3"):
+        for path in sorted(dataset.glob(f"*Tr/{name}*.nii.gz")):
+            data = read_volume(path).data
+            for axis in range(3):
+                data = data.repeat(2, axis)
+            x, y, z = data.shape
+            write_volume(path, Volume(data, Grid((x, y, z), np.eye(4))))
+    seen: list[float] = []
+    schedule = make_plan.schedule_within
+
+    def watched(minutes: float, **values: Any) -> Schedule:
+        seen.append(values["seconds_per_case"])
+        return schedule(minutes, **values)
+
+    monkeypatch.setattr(make_plan, "schedule_within", watched)
+    config = planned_in(dataset, 1.0, tmp_path / "c").config
+    assert config.data.patch_size == [16, 16, 16]
+    assert seen == [pytest.approx(0.01 * (3 * 1 + 2 * 27) / 5)]

@@ -21,6 +21,7 @@ from segkit.planning.nnunet_rules import (
     multiply_adds,
     needs_low_resolution,
     normalisations,
+    resampled_shapes,
     target_spacing,
     topology,
     widths,
@@ -65,7 +66,9 @@ def test_the_median_shape_is_that_of_rounded_shapes_at_the_target() -> None:
     spacings = [(1.0, 1.0, 2.0), (2.0, 1.0, 2.0)]
     shapes = [(10, 11, 7), (10, 14, 9)]
     # At 2 mm: 5 x 5.5 x 7 and 10 x 7 x 9, of which 5.5 is rounded to the even 6.
+    assert resampled_shapes(spacings, shapes, (2.0, 2.0, 2.0)) == [[5, 6, 7], [10, 7, 9]]
     assert median_shape(spacings, shapes, (2.0, 2.0, 2.0)) == (7.5, 6.5, 8.0)
+    assert resampled_shapes([(1.0, 1.0, 9.0)], [(8, 1, 1)], (4.0, 4.0, 4.0)) == [[2, 1, 1]]
 
 
 def test_the_initial_patch_is_isotropic_in_millimetres_and_cut_to_the_median() -> None:

@@ -44,3 +44,31 @@ def test_a_gpu_gives_the_same_outputs_as_the_cpu(precision: torch.dtype) -> None
         assert found[key].device.type == "cuda"
         tolerance = 1e-3 if precision == torch.float32 else 0.1 * values.std()
         assert (found[key].cpu() - values).abs().mean() < tolerance
+
+
+@pytest.mark.parametrize(
+    ("spatial_dims", "size", "at_once"),
+    [
+        (3, (16, 16, 16), 2),  # 6 channels at the finest level: 6 x 16 x 16 is small
+        (3, (64, 52, 4), 2),  # 19,968
+        (3, (64, 56, 4), 1),  # 21,504
+        (2, (16, 16, 1), 1),
+    ],
+)
+def test_a_small_window_alone_is_computed_as_two(
+    spatial_dims: int, size: tuple[int, int, int], at_once: int
+) -> None:
+    """PyTorch convolves one small sample more slowly than two. The outputs are the same."""
+    model = model_of({"skip": "additive_grid"}, spatial_dims)
+    keys = [*keys_of(model)]
+    first = unet_of(model.network).encoder[0]
+    seen: list[int] = []
+    first.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    pair = torch.randn(2, 2, *size, generator=torch.Generator().manual_seed(0))
+    engine = TorchEngine(model.network, device=CPU)
+    together = {key: output.clone() for key, output in engine(pair, keys).items()}
+    alone = engine(pair[1:], keys)
+    assert seen == [2, at_once]
+    assert alone.keys() == together.keys()
+    for key, output in alone.items():
+        torch.testing.assert_close(output, together[key][1:], rtol=1e-4, atol=1e-5)
