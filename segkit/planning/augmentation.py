@@ -1,7 +1,8 @@
 """How often a planned training augments its patches: the fewer its passes over the data, the less.
 
 Augmentation keeps a network from learning its training cases by heart. A short training cannot do
-that: it sees each voxel a few times only, and learns more from patches as they are.
+that: it sees each voxel a few times only, and learns more from patches as they are. Mirroring is
+not counted here: a network that was trained on one side only may miss a structure on the other.
 docs/planning.md has the measurements from which the limits were chosen.
 """
 
@@ -12,8 +13,8 @@ from segkit.errors import counted
 
 PASSES = (30.0, 120.0)
 STEPS = (2_500.0, 10_000.0)
-"""Up to the first number of passes and of steps, patches are neither augmented nor mirrored. From
-the second number of either on, they are augmented as often as in nnU-Net."""
+"""Up to the first number of passes and of steps, patches are only mirrored. From the second number
+of either on, they are augmented as often as in nnU-Net."""
 
 
 def num_passes(

@@ -55,9 +55,6 @@ def sections_of(
         patch_size=list(plan.patch_size),
         mirror=["x", "y", "z"] if own_schedule else None,
     )
-    axes, why_axes = mirroring.mirrored(labels), mirroring.mirrored_because(labels)
-    if augmenting is not None and augmenting[0] == 0:
-        axes, why_axes = [], "Patches are not mirrored either."
     gates = {"skip": shallow if len(plan.channels) == 2 else "additive_grid"}
     return {
         "data": {
@@ -70,7 +67,7 @@ def sections_of(
             "slices": (plan.slices if plan.spatial_dims == 2 else None, why["slices"]),
             "normalisation": (_normalisation(plan.normalisation), why["normalisation"]),
             "augment_share": augmenting or (None, ""),
-            "mirror": (axes, why_axes),
+            "mirror": (mirroring.mirrored(labels), mirroring.mirrored_because(labels)),
             "first_stage": (
                 first_stage and [str(first_stage)],
                 f"{why['low_resolution']} The network receives the labels of the first stage "
