@@ -34,9 +34,9 @@ def small_dataset(folder: Path, num_cases: int = 4, size: int = 16) -> Path:
     return folder
 
 
-def magnified(folder: Path, times: int) -> Path:
-    """The dataset with each voxel repeated along each axis, every one of 1 mm."""
-    for path in sorted(folder.glob("*Tr/*.nii.gz")):
+def magnified(folder: Path, times: int, cases: str = "*") -> Path:
+    """The dataset with each voxel of some cases repeated along each axis, every one of 1 mm."""
+    for path in sorted(folder.glob(f"*Tr/{cases}.nii.gz")):
         data = read_volume(path).data
         for axis in range(3):
             data = data.repeat(times, axis)

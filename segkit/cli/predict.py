@@ -70,7 +70,11 @@ def predict_command(
     overlap: OverlapOption = 0.5,
     batch: Annotated[
         int | None,
-        Option(min=1, help="Windows per call of the network. The default is 1, and 4 on a GPU."),
+        Option(
+            min=1,
+            help="Windows per call of the network. The default is 4 on a GPU, and 1 on a CPU (2 if "
+            "PyTorch runs the network and windows are small).",
+        ),
     ] = None,
     all_windows: Annotated[
         bool, Option("--all-windows", help="Do not skip windows in which all voxels are 0.")

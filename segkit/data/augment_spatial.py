@@ -80,10 +80,10 @@ class SpatialVariation:
     def margin(self) -> tuple[int, ...]:
         """Number of voxels to cut in addition at each end of a patch, which rotation needs.
 
-        It is 0 if patches are only mirrored.
-        Along moving axes it is an eighth of the patch, plus twice the amplitude of deformation.
-        Then rotated patches seldom look outside the cut. It is the same at both ends; otherwise a
-        patch that is not rotated would be shifted by half a voxel.
+        It is 0 if patches are only mirrored. Otherwise it is, along moving axes, an eighth of the
+        patch, plus twice the amplitude of deformation. Then rotated patches seldom look outside the
+        cut. It is the same at both ends; otherwise a patch that is not rotated would be shifted by
+        half a voxel.
         """
         moving = self.moving_axes if self.share > 0 else ()
         bent = 2 * self.elastic_amplitude if self.elastic_probability > 0 else 0.0

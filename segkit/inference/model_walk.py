@@ -17,7 +17,7 @@ from segkit.errors import ModelError
 from segkit.inference.attention_maps import MapCollector
 from segkit.inference.empty_windows import empty_windows
 from segkit.inference.engines.choose import EngineName, choose_engine
-from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, Engine
+from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, Engine, TorchEngine
 from segkit.inference.mirrors import SPREAD, Mirrored, mirrored_map
 from segkit.inference.source_rows import WALK_AXIS, SourceRows, to_source_rows
 from segkit.inference.windows import Slab, WindowFunction, WindowLayout, WindowPlace, stream
@@ -70,19 +70,20 @@ class PredictionSettings:
     skip_empty: bool = True
     engine: EngineName = "auto"
 
-    def with_defaults(self) -> "PredictionSettings":
-        """The same settings, with the device's fastest batch size and precision if not set.
-
-        A GPU computes four windows at once in float16; a CPU computes one window in float32. (Maps
-        of gates need float16: its steps below 1 are 0.0005, finer than those of bfloat16.)
-        """
+    @property
+    def on_gpu(self) -> bool:
+        """True if a GPU runs the network."""
         converted = self.engine in ("openvino", "onnx")
-        on_gpu = not converted and choose_device(self.device).type == "cuda"
-        return replace(
-            self,
-            batch_size=self.batch_size or (WINDOWS_ON_GPU if on_gpu else 1),
-            precision=self.precision or (torch.float16 if on_gpu else torch.float32),
-        )
+        return not converted and choose_device(self.device).type == "cuda"
+
+    def with_precision(self) -> "PredictionSettings":
+        """The same settings, with the precision of the device if none is set.
+
+        It is float16 on a GPU and float32 on a CPU. (Maps of gates need float16: its steps below 1
+        are 0.0005, finer than those of bfloat16.)
+        """
+        usual = torch.float16 if self.on_gpu else torch.float32
+        return replace(self, precision=self.precision or usual)
 
     def to_json(self) -> dict[str, object]:
         """The settings on which labels depend, as written to the sidecar file of a result."""
@@ -100,8 +101,8 @@ class ModelWalk:
 
     def __init__(self, model: Model, settings: PredictionSettings) -> None:
         limit_threads()
-        settings = settings.with_defaults()
-        assert settings.batch_size is not None and settings.precision is not None
+        settings = settings.with_precision()
+        assert settings.precision is not None
         self.model = model
         self.device = choose_device(settings.device)
         self.engine: Engine = choose_engine(
@@ -110,12 +111,19 @@ class ModelWalk:
         self.layout = layout_of(model, settings.overlap)
         if self.device.type == "cpu":
             check_windows(model.description, self.layout.patch_size)
-        self.batch_size = settings.batch_size
+        self.batch_size = settings.batch_size or self._fastest_batch_size(on_gpu=settings.on_gpu)
         self.skip_empty = settings.skip_empty
         self.normalisers = build_normalisers(model.description.normalisation)
         self.mirror_axes = model.description.mirror_axes if settings.tta else ()
         # Recording changes the network, which several threads may share.
         self.lock = threading.Lock()
+
+    def _fastest_batch_size(self, *, on_gpu: bool) -> int:
+        """A GPU computes four windows at once; a CPU one, or two if they are small."""
+        if on_gpu:
+            return WINDOWS_ON_GPU
+        engine, window = self.engine, self.model.description.volume_patch
+        return 2 if isinstance(engine, TorchEngine) and engine.is_slow_alone(window) else 1
 
     @property
     def preparation(self) -> str:

@@ -98,8 +98,8 @@ class Predictor:
         device: 'auto' (the default: a GPU if there is one), 'cpu', 'cuda' or another name of
             PyTorch's.
         overlap: share of a window that neighbours have in common, in [0, 1); 0.5 by default.
-        batch_size: number of windows and mirror images in each call of the network; by default 1 on
-            a CPU and 4 on a GPU.
+        batch_size: number of windows and mirror images in each call of the network; by default 4 on
+            a GPU, and 1 on a CPU (2 if PyTorch runs the network and windows are small).
         precision: data type of the network's arithmetic; by default `torch.float32` on a CPU and
             `torch.float16` on a GPU. Sums over windows are always float32.
         tta: average the logits of each window over its mirror images, along the axes that were
@@ -120,7 +120,7 @@ class Predictor:
     ) -> None:
         models = [models] if isinstance(models, Model) else models
         _check_alike(models)
-        self.settings = PredictionSettings(**options).with_defaults()
+        self.settings = PredictionSettings(**options).with_precision()
         self.members = [ModelWalk(model, self.settings) for model in models]
         self.model = models[0]
         """The first model. `layout` is its layout of windows."""

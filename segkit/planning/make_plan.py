@@ -3,6 +3,7 @@
 import logging
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from segkit.config.pictures import PicturesConfig
 from segkit.config.training import RUN_NAME, Config
 from segkit.data.case_groups import told_of_split
 from segkit.data.dataset import Dataset
-from segkit.data.split import split_with
+from segkit.data.split import Split, split_with
 from segkit.errors import counted, printable
 from segkit.inference.window_seconds import num_windows
 from segkit.io.file_names import is_file_name
@@ -168,8 +169,10 @@ def _planned(
         draft = validated(
             Config, values_of(name, written(schedule)), f"plan of {task.source.folder}"
         )
-        schedule = _schedule(task, plan, draft, with_labels=first is not None)
-        augmenting = _augmenting(task, plan, draft, schedule.steps)
+        described = _described(task, draft, with_labels=first is not None)
+        split = split_with(task.dataset, draft.data, draft.train.seed)
+        schedule = _schedule(task, plan, draft, described, held_out=len(split.held_out))
+        augmenting = _augmenting(task, plan, described.volume_patch, schedule.steps, split)
     sections = written(schedule, augmenting=augmenting)
     config = validated(Config, values_of(name, sections), f"plan of {task.source.folder}")
     return Planned(config, text_of(name, sections, heading), task.fingerprint, plan)
@@ -196,9 +199,15 @@ def _sections(
     )
 
 
-def _schedule(task: PlanningTask, plan: Plan, config: Config, *, with_labels: bool) -> Schedule:
+def _schedule(
+    task: PlanningTask,
+    plan: Plan,
+    config: Config,
+    description: ModelDescription,
+    *,
+    held_out: int,
+) -> Schedule:
     """A schedule with validations of at most a tenth of the time, and steps in the rest."""
-    description = _described(task, config, with_labels=with_labels)
     place = "here"
     if task.timed:
         seconds, window = measured_seconds(task, config, description)
@@ -213,7 +222,6 @@ def _schedule(task: PlanningTask, plan: Plan, config: Config, *, with_labels: bo
     sizes = rules.resampled_shapes(numbers.spacings, numbers.shapes, plan.spacing)
     windows = [num_windows(size, description.volume_patch) for size in sizes]
     per_case = window * sum(windows) / len(windows)
-    held_out = len(split_with(task.dataset, config.data, config.train.seed).held_out)
     return schedule_within(
         task.minutes,
         seconds_per_step=seconds,
@@ -224,13 +232,14 @@ def _schedule(task: PlanningTask, plan: Plan, config: Config, *, with_labels: bo
     )
 
 
-def _augmenting(task: PlanningTask, plan: Plan, config: Config, steps: int) -> tuple[float, str]:
+def _augmenting(
+    task: PlanningTask, plan: Plan, patch_size: Sequence[int], steps: int, split: Split
+) -> tuple[float, str]:
     """How often patches are augmented, and why, for a number of steps."""
-    split = split_with(task.dataset, config.data, config.train.seed)
     passes = num_passes(
         steps,
         batch_size=plan.batch_size,
-        patch_size=_described(task, config, with_labels=False).volume_patch,
+        patch_size=patch_size,
         median=_median_shape(task, plan),
         training_cases=len(split.train),
     )

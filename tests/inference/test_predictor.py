@@ -1,6 +1,6 @@
 """Laws of prediction: what goes in comes back where it was, and maps lie where their cells are."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy import ndarray
 from numpy.testing import assert_allclose, assert_array_equal
+from torch import Tensor
 
 from segkit.config.attention import (
     AdditiveGridGateConfig,
@@ -22,7 +23,8 @@ from segkit.data.preprocess import prepare_image
 from segkit.errors import ModelError, VolumeError
 from segkit.geometry.grid import Grid, Orientation
 from segkit.inference.attention_maps import map_on_source
-from segkit.inference.engines.torch_eager import PRESENCE
+from segkit.inference.engines.torch_eager import PRESENCE, TorchEngine
+from segkit.inference.model_walk import PredictionOptions
 from segkit.inference.predict_files import predict_files
 from segkit.inference.predictor import Predictor, put_labels
 from segkit.inference.segment_prepared import segment_prepared
@@ -287,6 +289,40 @@ def test_maps_over_channels_come_as_mean_and_deviation_over_windows() -> None:
     assert first.channel_mean.shape == (4,)
     assert ((first.channel_mean > 0) & (first.channel_mean < 1)).all()
     assert_array_equal(first.channel_std, 0)  # there is one window only
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "shape", "options", "batches"),
+    [
+        ((8, 8, 8), (16, 8, 8), {}, [2, 1]),  # three windows; the engine doubles the last
+        ((8, 8, 8), (8, 8, 8), {"tta": True}, [2, 2]),  # one window, four mirror images
+        ((8, 8, 8), (16, 8, 8), {"batch_size": 1}, [1, 1, 1]),
+        ((72, 72, 8), (144, 72, 8), {}, [1, 1, 1]),  # 4 channels x 72 x 72 is not small
+        ((8, 8), (16, 8, 1), {}, [1, 1, 1]),
+    ],
+)
+def test_small_windows_on_a_cpu_are_computed_two_at_once(
+    patch_size: tuple[int, ...],
+    shape: tuple[int, int, int],
+    options: PredictionOptions,
+    batches: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = NetworkConfig(channels=[4, 4, 4], spatial_dims=len(patch_size))
+    model = random_model(network, patch_size)
+    model = Model(model.description.model_copy(update={"mirror": ["x", "y"]}), model.network)
+    volume = noise_volume(shape)
+    predictor = Predictor(model, device="cpu", engine="torch", **options)
+    called = TorchEngine.__call__
+    seen: list[int] = []
+
+    def watched(engine: TorchEngine, windows: Tensor, keys: Collection[str]) -> dict[str, Tensor]:
+        seen.append(len(windows))
+        return called(engine, windows, keys)
+
+    monkeypatch.setattr(TorchEngine, "__call__", watched)
+    predictor(volume)
+    assert seen == batches
 
 
 def test_batches_of_windows_change_nothing_but_the_last_digits() -> None:

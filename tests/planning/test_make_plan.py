@@ -443,13 +443,7 @@ def test_the_time_of_a_validation_counts_the_windows_of_each_case(
     dataset: Path, tmp_path: Path, steady: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of five cases are twice as long along each axis; the median case has one window."""
-    for name in ("case_1", "case_3"):
-        for path in sorted(dataset.glob(f"*Tr/{name}*.nii.gz")):
-            data = read_volume(path).data
-            for axis in range(3):
-                data = data.repeat(2, axis)
-            x, y, z = data.shape
-            write_volume(path, Volume(data, Grid((x, y, z), np.eye(4))))
+    magnified(dataset, 2, "case_[13]")
     seen: list[float] = []
     schedule = make_plan.schedule_within
 

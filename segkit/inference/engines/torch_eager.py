@@ -9,7 +9,7 @@ choose         choice of an engine, by name or by rule
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -84,6 +84,8 @@ class TorchEngine:
         self.device = device
         self.precision = precision
         self.overflowed = False
+        layers = (layer for layer in network.modules() if isinstance(layer, nn.Conv3d))
+        self.first_width = next((layer.out_channels for layer in layers), 0)
 
     @torch.inference_mode()
     def __call__(
@@ -105,20 +107,19 @@ class TorchEngine:
 
     def compute(self, windows: Tensor, keys: Collection[str]) -> dict[str, Tensor]:
         """Outputs of `run` for windows on the engine's device."""
-        if len(windows) == 1 and self.device.type == "cpu" and self._is_slow_alone(windows):
+        if len(windows) == 1 and self.is_slow_alone(windows.shape[2:]):
             twice = run(self.network, windows.expand(2, -1, -1, -1, -1), keys)
             return {key: output[:1] for key, output in twice.items()}
         return run(self.network, windows, keys)
 
-    def _is_slow_alone(self, windows: Tensor) -> bool:
-        """Whether one window takes longer than two at once.
+    def is_slow_alone(self, window: Sequence[int]) -> bool:
+        """Whether one window of this size takes longer than two at once.
 
-        PyTorch (2.13) uses a convolution that is about four times slower if its input is one
-        sample, and the product of its first four sizes, the sample's included, is small.
+        PyTorch (2.13) uses a convolution on a CPU that is about four times slower if its input is
+        one sample, and the product of its first four sizes, the sample's included, is small.
         """
-        layers = (layer for layer in self.network.modules() if isinstance(layer, nn.Conv3d))
-        width = next((layer.out_channels for layer in layers), 0)
-        return 0 < width * math.prod(windows.shape[2:4]) <= LARGE_ALONE
+        size = self.first_width * math.prod(window[:2])
+        return self.device.type == "cpu" and 0 < size <= LARGE_ALONE
 
     def _at(
         self, precision: torch.dtype, windows: Tensor, keys: Collection[str]
