@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from segkit.errors import counted
 
-PASSES = (30.0, 120.0)
+PASSES = (10.0, 120.0)
 STEPS = (2_500.0, 10_000.0)
 """Up to the first number of passes and of steps, patches are only mirrored. From the second number
 of either on, they are augmented as often as in nnU-Net."""

@@ -1,5 +1,6 @@
 """The planned share of augmentation follows the passes over the training cases."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -29,19 +30,19 @@ def test_passes_count_how_often_a_voxel_is_seen(
 
 
 def test_a_short_training_of_few_passes_is_not_augmented_and_a_long_one_is() -> None:
-    assert planned_share(0.1, 10)[0] == planned_share(30.0, 2500)[0] == 0
+    assert planned_share(0.1, 10)[0] == planned_share(10.0, 2500)[0] == 0
     assert planned_share(120.0, 10)[0] == planned_share(1e6, 10**6)[0] == 1
     assert planned_share(0.1, 10_000)[0] == 1  # a large dataset
-    assert planned_share(60.0, 10)[0] == planned_share(0.1, 5000)[0] == 0.5
+    assert planned_share(math.sqrt(10 * 120), 10)[0] == planned_share(0.1, 5000)[0] == 0.5
 
 
 def test_a_plan_says_how_often_patches_are_augmented_and_why() -> None:
     seen = "Training sees each voxel {} times, on average. "
     for passes, told in (
-        (12.6, seen.format(13) + "In so short a training, patches as they are teach more."),
+        (9.6, seen.format(9.6) + "In so short a training, patches as they are teach more."),
         (
-            60.0,
-            seen.format(60) + "Patches are augmented with 0.5 times the probabilities of nnU-Net.",
+            20.0,
+            seen.format(20) + "Patches are augmented with 0.28 times the probabilities of nnU-Net.",
         ),
         (437.0, seen.format(440) + "Patches are augmented as often as in nnU-Net."),
     ):
@@ -57,7 +58,7 @@ def test_more_passes_never_have_less_augmentation(one: float, other: float, step
 def test_a_plan_augments_by_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four cases train; the patch holds a whole case, in batches of 2."""
     monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e12)
-    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 1.0)
     dataset = small_dataset(tmp_path / "balls", num_cases=5)
 
     def planned(minutes: float) -> Planned:
