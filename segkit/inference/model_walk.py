@@ -16,8 +16,8 @@ from segkit.data.preprocess import Prepared, prepare_image
 from segkit.errors import ModelError
 from segkit.inference.attention_maps import MapCollector
 from segkit.inference.empty_windows import empty_windows
-from segkit.inference.engines.choose import EngineName, choose_engine
-from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, Engine, TorchEngine
+from segkit.inference.engines.choose import EngineName, choose_engine, is_converted
+from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, Engine, windows_at_once
 from segkit.inference.mirrors import SPREAD, Mirrored, mirrored_map
 from segkit.inference.source_rows import WALK_AXIS, SourceRows, to_source_rows
 from segkit.inference.windows import Slab, WindowFunction, WindowLayout, WindowPlace, stream
@@ -30,8 +30,6 @@ from segkit.system.resources import choose_device, free_memory_of, limit_threads
 
 SLICES_PER_WINDOW = 8
 """Slices of a window of a 2D network, if the image has as many."""
-WINDOWS_ON_GPU = 4
-"""Default batch size of windows on a GPU."""
 BYTES_PREPARED = 4
 SHARE_FOR_IMAGE = 0.25
 """Share of a GPU's free memory that an image may use, on the volume's and the network's grid."""
@@ -111,19 +109,19 @@ class ModelWalk:
         self.layout = layout_of(model, settings.overlap)
         if self.device.type == "cpu":
             check_windows(model.description, self.layout.patch_size)
-        self.batch_size = settings.batch_size or self._fastest_batch_size(on_gpu=settings.on_gpu)
+        self.batch_size = settings.batch_size or self._windows_at_once()
         self.skip_empty = settings.skip_empty
         self.normalisers = build_normalisers(model.description.normalisation)
         self.mirror_axes = model.description.mirror_axes if settings.tta else ()
         # Recording changes the network, which several threads may share.
         self.lock = threading.Lock()
 
-    def _fastest_batch_size(self, *, on_gpu: bool) -> int:
-        """A GPU computes four windows at once; a CPU one, or two if they are small."""
-        if on_gpu:
-            return WINDOWS_ON_GPU
-        engine, window = self.engine, self.model.description.volume_patch
-        return 2 if isinstance(engine, TorchEngine) and engine.is_slow_alone(window) else 1
+    def _windows_at_once(self) -> int:
+        """The batch size that is fastest. Converted engines gain nothing from several windows."""
+        if is_converted(self.engine):
+            return 1
+        patch_size = self.model.description.volume_patch
+        return windows_at_once(self.model.network, self.device, patch_size)
 
     @property
     def preparation(self) -> str:

@@ -15,9 +15,7 @@ from segkit.config.model import FirstStageConfig, ModelDescription
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.first_stage_labels import majority, out_of_fold
 from segkit.errors import ModelError
-from segkit.inference.model_walk import PredictionOptions
 from segkit.inference.predictor import Predictor
-from segkit.inference.segment_prepared import WINDOWS_IN_TRAINING
 from segkit.io.checksums import file_states
 from segkit.io.safe_text import read_json_object
 from segkit.io.volume import Volume, write_volume
@@ -172,10 +170,7 @@ def first_stage_of(
 
 def _segmenter(first: FirstModel, device: str) -> SegmentVolume:
     # Always PyTorch: labels for training must not depend on whether a converted model is cached.
-    options: PredictionOptions = {"device": device, "engine": "torch"}
-    if device == "cpu":
-        options["batch_size"] = WINDOWS_IN_TRAINING
-    predictor = Predictor(first.model, **options)
+    predictor = Predictor(first.model, device=device, engine="torch")
     return lambda volume: predictor.numbers_of(volume)
 
 

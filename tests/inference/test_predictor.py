@@ -311,8 +311,36 @@ def test_small_windows_on_a_cpu_are_computed_two_at_once(
     network = NetworkConfig(channels=[4, 4, 4], spatial_dims=len(patch_size))
     model = random_model(network, patch_size)
     model = Model(model.description.model_copy(update={"mirror": ["x", "y"]}), model.network)
-    volume = noise_volume(shape)
     predictor = Predictor(model, device="cpu", engine="torch", **options)
+    seen = batch_sizes(monkeypatch)
+    predictor(noise_volume(shape))
+    assert seen == batches
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "shape", "batches"),
+    [
+        ((8, 8, 8), (8, 16, 8), [2, 1]),
+        ((72, 72, 8), (72, 144, 8), [1, 1, 1]),
+        ((8, 8), (16, 8, 1), [1, 1, 1]),
+    ],
+)
+def test_validation_computes_as_many_windows_at_once_as_prediction(
+    patch_size: tuple[int, ...],
+    shape: tuple[int, int, int],
+    batches: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = NetworkConfig(channels=[4, 4, 4], spatial_dims=len(patch_size))
+    model = random_model(network, patch_size)
+    image = torch.from_numpy(noise_volume(shape).data[None])
+    seen = batch_sizes(monkeypatch)
+    segment_prepared(model.network, image, patch_size=model.description.volume_patch)
+    assert seen == batches
+
+
+def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which each later call of PyTorch's engine adds its number of windows."""
     called = TorchEngine.__call__
     seen: list[int] = []
 
@@ -321,8 +349,7 @@ def test_small_windows_on_a_cpu_are_computed_two_at_once(
         return called(engine, windows, keys)
 
     monkeypatch.setattr(TorchEngine, "__call__", watched)
-    predictor(volume)
-    assert seen == batches
+    return seen
 
 
 def test_batches_of_windows_change_nothing_but_the_last_digits() -> None:

@@ -103,6 +103,11 @@ def name_of(engine: Engine | None) -> str:
             return "torch"
 
 
+def is_converted(engine: Engine) -> bool:
+    """Whether OpenVINO or ONNX Runtime runs the network."""
+    return isinstance(engine, ConvertedEngine | ConversionFallbackEngine)
+
+
 def _in_torch(
     kind: type[TorchEngine], model: Model, device: torch.device, precision: torch.dtype
 ) -> Engine:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from segkit.inference.engines.choose import choose_engine
-from segkit.inference.engines.torch_eager import LOGITS, TorchEngine
+from segkit.inference.engines.torch_eager import LOGITS, TorchEngine, windows_at_once
 from segkit.nn.network import unet_of
 from tests.engines import CPU, keys_of, windows_of
 from tests.models import model_of
@@ -69,6 +69,8 @@ def test_a_small_window_alone_is_computed_as_two(
     together = {key: output.clone() for key, output in engine(pair, keys).items()}
     alone = engine(pair[1:], keys)
     assert seen == [2, at_once]
+    assert windows_at_once(model.network, CPU, size) == at_once
+    assert windows_at_once(model.network, torch.device("cuda"), size) == 4
     assert alone.keys() == together.keys()
     for key, output in alone.items():
         torch.testing.assert_close(output, together[key][1:], rtol=1e-4, atol=1e-5)
