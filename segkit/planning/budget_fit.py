@@ -29,10 +29,11 @@ class Steps:
 
     for_batch: int
     """The batch is made smaller until this number of steps fits."""
-    for_width: int
-    """The network is made narrower until this number of steps fits."""
+    per_channel: int
+    """The network is made narrower until so many steps fit for each channel of its finest level. A
+    wide network needs more steps, and each takes longer."""
     for_patch: int
-    """The patch is made smaller until this number of steps fits."""
+    """The patch is made smaller until this number of steps of the narrowest network fits."""
 
 
 def per_axis(numbers: Lengths) -> str:
@@ -134,17 +135,21 @@ def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> 
     chosen, batch = start.topology, start.batch_size
     affordable = int(total / steps.for_batch // cost(chosen, start.channels))
     batch = max(min(batch, affordable), rules.SMALLEST_BATCH)
-    for width in rules.START_WIDTHS:
+    *wider, narrowest = rules.START_WIDTHS
+    for width in wider:
         channels = narrowed(chosen, width)
-        if batch * cost(chosen, channels) <= total / steps.for_width:
+        if batch * cost(chosen, channels) <= total / (width * steps.per_channel):
+            fits = True
             break
-    for chosen in rules.shrinking(_without_tubes(setting), start.topology):
-        channels = narrowed(chosen, channels[0])
-        if batch * cost(chosen, channels) <= total / steps.for_patch:
-            break
+    else:
+        for chosen in rules.shrinking(_without_tubes(setting), start.topology):
+            channels = narrowed(chosen, narrowest)
+            fits = batch * cost(chosen, channels) <= total / steps.for_patch
+            if fits:
+                break
     needed = batch * cost(chosen, channels)
     budget = f"a step takes {needed / 1e9:.3g} billion multiply-adds"
-    if needed > total / steps.for_patch:
+    if not fits:
         budget += ", which is more than the time allows, but there is no smaller plan"
     patch = per_axis(chosen.patch_size)
     reasons = dict(start.reasons)

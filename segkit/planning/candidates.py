@@ -65,7 +65,7 @@ def plan_candidates(
             wanted[f"{other}D"] = replace(task, spatial_dims=other, why_slices="")
         if spatial_dims != 2 and volumes:
             wanted["3D, coarser"] = replace(task, spatial_dims=3, coarse=True, why_slices="")
-        narrow = replace(PLANNED_STEPS, for_width=MORE_STEPS * PLANNED_STEPS.for_width)
+        narrow = replace(PLANNED_STEPS, per_channel=MORE_STEPS * PLANNED_STEPS.per_channel)
         wanted[f"{task.spatial_dims}D, narrower"] = replace(task, steps=narrow)
     plans: dict[str, Plan] = {}
     for name, each in wanted.items():

@@ -30,6 +30,7 @@ from segkit.planning.plan import (
     plan_for_memory,
     plan_for_time,
 )
+from segkit.planning.planning_task import PLANNED_STEPS
 
 Triple = tuple[float, float, float]
 HOUNSFIELD = Intensities(
@@ -295,7 +296,7 @@ def test_the_patch_that_memory_allows_decides_the_number_of_stages() -> None:
             numbers,
             spatial_dims=3,
             minutes=1.0,
-            steps=Steps(10_000, 4000, 1200),
+            steps=Steps(10_000, 40, 1200),
             multiply_adds_per_second=1e10,
         )
 
@@ -311,7 +312,7 @@ def test_the_patch_that_memory_allows_decides_the_number_of_stages() -> None:
 
 def test_on_the_coarser_grid_the_patch_holds_a_quarter_of_an_image() -> None:
     brain = alike((140, 170, 140), (1.0, 1.0, 1.0), 25)
-    steps = Steps(10_000, 4000, 1200)
+    steps = Steps(10_000, 40, 1200)
     plan = coarse_plan_for_time(brain, minutes=5.0, steps=steps, multiply_adds_per_second=1e10)
     assert plan is not None and plan.low_resolution is None
     held = math.prod(plan.patch_size) * math.prod(plan.spacing)
@@ -334,13 +335,13 @@ def test_unlimited_time_gives_the_plan_for_memory() -> None:
 
 
 def in_time(billions: float) -> Plan:
-    """The hippocampus' plan for so many billion multiply-adds in a step."""
+    """The hippocampus' plan for 3,200 steps of so many billion multiply-adds."""
     return plan_for_time(
         HIPPOCAMPUS,
         spatial_dims=3,
         minutes=10.0,
-        steps=Steps(100, 100, 100),
-        multiply_adds_per_second=billions * 1e9 * 100 / 600,
+        steps=Steps(for_batch=3200, per_channel=100, for_patch=800),
+        multiply_adds_per_second=billions * 1e9 * 3200 / 600,
     )
 
 
@@ -360,9 +361,10 @@ def test_a_plan_that_takes_too_long_gets_a_smaller_batch_then_width_then_patch()
     plan = in_time(2 * narrow(32) * 0.999)
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (16, 2, (40, 56, 40))
     assert "Reduced from 32 to 16" in plan.reasons["channels"]
-    plan = in_time(2 * narrow(8) * 1.001)
+    # The narrowest network needs only a quarter of these steps.
+    plan = in_time(2 * narrow(8) * 1.001 / 4)
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (8, 2, (40, 56, 40))
-    plan = in_time(2 * narrow(8) * 0.999)
+    plan = in_time(2 * narrow(8) * 0.999 / 4)
     # x is 40 / 35 of the median image, more than y and z.
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (8, 2, (32, 56, 40))
     assert "Reduced from 40x56x40 to 32x56x40" in plan.reasons["patch_size"]
@@ -378,14 +380,14 @@ def test_a_batch_grows_only_if_there_is_time_for_enough_steps() -> None:
             HIPPOCAMPUS,
             spatial_dims=3,
             minutes=1.0,
-            steps=Steps(for_batch=1000, for_width=100, for_patch=100),
+            steps=Steps(for_batch=320, per_channel=1, for_patch=8),
             multiply_adds_per_second=patches * patch / 60,
         )
 
-    for patches, batch in [(201, 2), (2999, 2), (3001, 3), (8999, 8), (9001, 9), (1e6, 9)]:
+    for patches, batch in [(65, 2), (959, 2), (961, 3), (2879, 8), (2881, 9), (1e6, 9)]:
         plan = planned(patches)
         assert (plan.batch_size, plan.channels) == (batch, whole.channels)
-    assert planned(199).channels[0] == 16
+    assert planned(63).channels[0] == 16
 
 
 def test_the_width_is_reduced_before_the_patch() -> None:
@@ -396,22 +398,26 @@ def test_the_width_is_reduced_before_the_patch() -> None:
         plan = replace(whole, channels=widths(4, spatial_dims=3, start=start))
         return 2 * 3 * cost_of_patch(plan, HIPPOCAMPUS)
 
-    def planned(total: float) -> tuple[int, tuple[int, ...]]:
+    def planned(total: float, per_channel: int = 20) -> tuple[int, tuple[int, ...]]:
         plan = plan_for_time(
             HIPPOCAMPUS,
             spatial_dims=3,
             minutes=1.0,
-            steps=Steps(for_batch=1000, for_width=400, for_patch=100),
+            steps=Steps(for_batch=1000, per_channel=per_channel, for_patch=100),
             multiply_adds_per_second=total / 60,
         )
+        assert "more than the time allows" not in plan.reasons["time"]
         return plan.channels[0], plan.patch_size
 
     size = (40, 56, 40)
-    assert planned(401 * of(32)) == (32, size)
-    assert planned(399 * of(32)) == (16, size)
-    assert planned(401 * of(16)) == (16, size)
-    assert planned(399 * of(16)) == planned(101 * of(8)) == (8, size)
+    assert planned(641 * of(32)) == (32, size)
+    assert planned(639 * of(32)) == (16, size)
+    assert planned(321 * of(16)) == (16, size)
+    assert planned(319 * of(16)) == planned(101 * of(8)) == (8, size)
     assert planned(99 * of(8)) == (8, (32, 56, 40))
+    # If a wide network needs fewer steps than a patch does, the patch stays as it is.
+    assert planned(81 * of(16), per_channel=5) == (16, size)
+    assert planned(79 * of(16), per_channel=5) == (8, size)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -427,7 +433,7 @@ def test_if_time_is_short_a_patch_of_a_tube_is_made_shorter_before_it_is_made_na
             tube,
             spatial_dims=3,
             minutes=minutes,
-            steps=Steps(10_000, 4000, 1200),
+            steps=Steps(10_000, 40, 1200),
             multiply_adds_per_second=2e10,
         )
         length = plan.patch_size[axis]
@@ -459,7 +465,7 @@ def test_a_batch_that_was_chosen_for_a_larger_patch_names_this_patch() -> None:
         few,
         spatial_dims=2,
         minutes=1.0,
-        steps=Steps(for_batch=1000, for_width=400, for_patch=100),
+        steps=Steps(for_batch=1000, per_channel=12, for_patch=100),
         multiply_adds_per_second=1e7,
     )
     assert plan.patch_size < (128, 128) and plan.batch_size == 2
@@ -535,7 +541,7 @@ def test_every_plan_fits_its_network(
             spatial_dims=spatial_dims,
             gigabytes=gigabytes,
             minutes=minutes,
-            steps=Steps(for_batch=8000, for_width=4000, for_patch=1000),
+            steps=Steps(for_batch=8000, per_channel=125, for_patch=1000),
             multiply_adds_per_second=1e10,
         ),
     ):
@@ -581,7 +587,7 @@ def test_more_time_never_makes_less_of_a_step(
             numbers,
             spatial_dims=spatial_dims,
             minutes=10**magnitude,
-            steps=Steps(for_batch=8000, for_width=4000, for_patch=1000),
+            steps=PLANNED_STEPS,
             multiply_adds_per_second=1e10,
         )
         costs.append(plan.batch_size * cost_of_patch(plan, numbers))
