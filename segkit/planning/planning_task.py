@@ -32,7 +32,7 @@ from segkit.system.resources import choose_device, free_memory_of, limit_threads
 logger = logging.getLogger(__name__)
 
 Preset = Literal["auto", "nnunet"]
-PLANNED_STEPS = Steps(for_batch=10_000, per_channel=40, for_patch=1200)
+PLANNED_STEPS = Steps(for_batch=10_000, per_channel=64, for_patch=1200)
 """Numbers of steps that must fit into the time; docs/planning.md describes the measurements."""
 DEFAULT_MEMORY = 8e9
 SPEED = "speed.json"
