@@ -1,5 +1,6 @@
 """The largest network, patch and batch that fit into a budget of memory or time."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -132,24 +133,21 @@ def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> 
         num_levels = len(candidate.kernels)
         return rules.widths(num_levels, spatial_dims=len(setting.spacing), start=width)
 
-    chosen, batch = start.topology, start.batch_size
-    affordable = int(total / steps.for_batch // cost(chosen, start.channels))
-    batch = max(min(batch, affordable), rules.SMALLEST_BATCH)
+    affordable = int(total / steps.for_batch // cost(start.topology, start.channels))
+    batch = max(min(start.batch_size, affordable), rules.SMALLEST_BATCH)
     *wider, narrowest = rules.START_WIDTHS
-    for width in wider:
+    smaller = rules.shrinking(_without_tubes(setting), start.topology)
+    candidates = itertools.chain(
+        ((start.topology, width, width * steps.per_channel) for width in wider),
+        ((topology, narrowest, steps.for_patch) for topology in smaller),
+    )
+    for chosen, width, wanted in candidates:
         channels = narrowed(chosen, width)
-        if batch * cost(chosen, channels) <= total / (width * steps.per_channel):
-            fits = True
+        needed = batch * cost(chosen, channels)
+        if needed <= total / wanted:
             break
-    else:
-        for chosen in rules.shrinking(_without_tubes(setting), start.topology):
-            channels = narrowed(chosen, narrowest)
-            fits = batch * cost(chosen, channels) <= total / steps.for_patch
-            if fits:
-                break
-    needed = batch * cost(chosen, channels)
     budget = f"a step takes {needed / 1e9:.3g} billion multiply-adds"
-    if not fits:
+    if needed > total / wanted:
         budget += ", which is more than the time allows, but there is no smaller plan"
     patch = per_axis(chosen.patch_size)
     reasons = dict(start.reasons)

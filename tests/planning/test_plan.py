@@ -296,7 +296,7 @@ def test_the_patch_that_memory_allows_decides_the_number_of_stages() -> None:
             numbers,
             spatial_dims=3,
             minutes=1.0,
-            steps=Steps(10_000, 40, 1200),
+            steps=PLANNED_STEPS,
             multiply_adds_per_second=1e10,
         )
 
@@ -312,7 +312,7 @@ def test_the_patch_that_memory_allows_decides_the_number_of_stages() -> None:
 
 def test_on_the_coarser_grid_the_patch_holds_a_quarter_of_an_image() -> None:
     brain = alike((140, 170, 140), (1.0, 1.0, 1.0), 25)
-    steps = Steps(10_000, 40, 1200)
+    steps = PLANNED_STEPS
     plan = coarse_plan_for_time(brain, minutes=5.0, steps=steps, multiply_adds_per_second=1e10)
     assert plan is not None and plan.low_resolution is None
     held = math.prod(plan.patch_size) * math.prod(plan.spacing)
@@ -433,7 +433,7 @@ def test_if_time_is_short_a_patch_of_a_tube_is_made_shorter_before_it_is_made_na
             tube,
             spatial_dims=3,
             minutes=minutes,
-            steps=Steps(10_000, 40, 1200),
+            steps=PLANNED_STEPS,
             multiply_adds_per_second=2e10,
         )
         length = plan.patch_size[axis]

@@ -108,8 +108,7 @@ class TorchEngine:
 
     def compute(self, windows: Tensor, keys: Collection[str]) -> dict[str, Tensor]:
         """Outputs of `run` for windows on the engine's device."""
-        slow_alone = _is_slow_alone(self.first_width, self.device, windows.shape[2:])
-        if len(windows) == 1 and slow_alone:
+        if len(windows) == 1 and _is_slow_alone(self.first_width, self.device, windows.shape[2:]):
             twice = run(self.network, windows.expand(2, -1, -1, -1, -1), keys)
             return {key: output[:1] for key, output in twice.items()}
         return run(self.network, windows, keys)
