@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from segkit.config.dataset_files import DatasetConfig, FilesConfig
+from segkit.config.load import changed
 from segkit.config.pictures import PicturesConfig
 from segkit.config.training import Config
 from segkit.data.case_groups import groups_of
@@ -79,6 +80,7 @@ def plan_by_race(
     preset: Preset = "auto",
     runs: str | Path = "runs",
     held_out: Sequence[str] | None = None,
+    settings: Sequence[str] = (),
     track: Track = untracked,
 ) -> Planned:
     """The best of two to four plans, chosen by a race. The text has the results as comments.
@@ -89,6 +91,8 @@ def plan_by_race(
 
     Args:
         held_out: names of cases that the race must not use, if the split is not the plan's.
+        settings: KEY=VALUE settings that will change the plan. If they change its split, such as
+            `train.seed=1`, the race does not use the cases that they hold out.
     """
     runs, began = Path(runs), time.monotonic()
     on_cpu = _no_card(device)
@@ -124,7 +128,7 @@ def plan_by_race(
     if len(names) < 2:
         return candidates[by_rule]
     dataset = dataset_of(source_of(folder, files, pictures))
-    config = candidates[by_rule].config
+    config = changed(candidates[by_rule].config, settings)
     if held_out is not None:
         split = {"validation": list(held_out), "fold": None, "splits": None}
         data = config.data.model_copy(update=split)
@@ -150,7 +154,9 @@ def _no_card(device: str) -> bool:
 
 
 def affordable_candidates(needed: Mapping[str, float], seconds: float) -> list[str]:
-    """The first candidates, as many as there is time for, with all rounds of their race.
+    """The candidates for which there is time, with all rounds of their race.
+
+    While there is too little time for all, the slowest one is left out, but never the first.
 
     Args:
         needed: for each candidate, the fewest seconds of its first training. All get the same time.
@@ -161,7 +167,7 @@ def affordable_candidates(needed: Mapping[str, float], seconds: float) -> list[s
         each = seconds / shortest_trainings(len(names))
         if all(needed[name] <= each for name in names):
             break
-        names.pop()
+        names.remove(max(reversed(names[1:]), key=lambda name: needed[name]))
     return names
 
 
@@ -227,7 +233,7 @@ def _raced(
     cache for the run.
 
     Args:
-        configs: the config of each candidate, by name.
+        configs: the config of each candidate, by name; the first is the plan of the rules.
         dataset: the dataset.
         cases: the cases to train on, and those that score.
         seconds: time of the whole race.
@@ -237,6 +243,7 @@ def _raced(
     started, each = time.monotonic(), seconds / shortest_trainings(len(configs))
     rounds: list[list[Entry]] = []
     names = list(configs)
+    by_rule = names[0]
     while len(names) > 1:
         if time.monotonic() - started + len(names) * each > 1.2 * seconds and rounds:
             break
@@ -247,7 +254,7 @@ def _raced(
             found[name] = _entry(configs[name], dataset, cases, each, cache)
         dice = dice_in_common({name: of_cases for name, (of_cases, _) in found.items()})
         rounds.append([Entry(name, each, found[name][1], dice[name]) for name in names])
-        ordered = sorted(rounds[-1], key=lambda entry: -_or_least(entry.dice))
+        ordered = sorted(rounds[-1], key=lambda entry: -_merit(entry, by_rule))
         names = [entry.candidate for entry in ordered[: math.ceil(len(ordered) / 2)]]
         each *= 2
     return rounds
@@ -274,9 +281,10 @@ def _entry(
     """
     ends = time.monotonic() + seconds
     short = shortened_for_race(config, (1 - SHARE_OF_SCORING) * seconds, cache)
-    # A candidate's training is short on purpose: it need not warn of that.
+    # A candidate's training is short on purpose, and its split is not the run's: it need not warn.
     with (
         only_errors("segkit.training"),
+        only_errors("segkit.data.split"),
         tempfile.TemporaryDirectory(prefix="segkit-race-") as folder,
     ):
         run = train(short, runs=folder, dataset=replace(dataset, cases=tuple(cases[0])))
@@ -317,13 +325,13 @@ def dice_in_common(
 
 def best_of(entries: Sequence[Entry], by_rule: str) -> str:
     """The candidate with the highest Dice, or `by_rule` if it is in the round and hardly worse."""
-    dice = {entry.candidate: _or_least(entry.dice) for entry in entries}
-    best = max(dice, key=lambda name: dice[name])
-    return by_rule if dice.get(by_rule, -2.0) > dice[best] - MARGIN else best
+    return max(entries, key=lambda entry: _merit(entry, by_rule)).candidate
 
 
-def _or_least(dice: float) -> float:
-    return -1.0 if math.isnan(dice) else dice
+def _merit(entry: Entry, by_rule: str) -> float:
+    """The Dice by which candidates are compared; the plan of the rules has a lead of MARGIN."""
+    dice = -1.0 if math.isnan(entry.dice) else entry.dice
+    return dice + MARGIN * (entry.candidate == by_rule)
 
 
 def table(rounds: Sequence[Sequence[Entry]], chosen: str, num_cases: int) -> str:
@@ -337,9 +345,11 @@ def table(rounds: Sequence[Sequence[Entry]], chosen: str, num_cases: int) -> str
     if not rounds:
         return ""
     lines = [
-        f"# Chosen by mean Dice of {counted(num_cases, 'training case')} that the race held out "
-        f"(successive",
-        "# halving, Jamieson and Talwalkar 2016). The held-out cases of the run were not used:",
+        f"# Chosen by mean Dice of at most {counted(num_cases, 'training case')} that the race "
+        f"held out",
+        "# (successive halving, Jamieson and Talwalkar 2016). The held-out cases of the run were "
+        "not used.",
+        f"# Another plan than the first must be better by {MARGIN:g}:",
     ]
     for name in [entry.candidate for entry in rounds[0]]:
         results = [

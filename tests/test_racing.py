@@ -1,14 +1,17 @@
 """Plans race on training cases only, for a small share of the time, and the table says how."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from segkit import racing
-from segkit.config.load import load_config
+from segkit.config.data import SplitDatasetConfig
+from segkit.config.load import changed, load_config
 from segkit.data.dataset import Dataset, dataset_of, read_dataset
 from segkit.data.split import split_of
 from segkit.planning import planned_seconds, planning_task
@@ -43,6 +46,8 @@ def test_a_plan_races_only_if_it_has_time_for_enough_steps() -> None:
     assert affordable_candidates({"3D": 46, "2D": 30}, 90) == ["3D"]
     # A third candidate that is slow is left out, and the first two race.
     assert affordable_candidates({"3D": 30, "2D": 30, "coarser": 100}, 300) == ["3D", "2D"]
+    assert affordable_candidates({"2D": 30, "3D": 285, "narrower": 30}, 170) == ["2D", "narrower"]
+    assert affordable_candidates({"3D": 285, "2D": 30, "narrower": 30}, 170) == ["3D"]
 
 
 def test_the_shortest_training_has_enough_steps_beside_its_scoring(
@@ -71,11 +76,28 @@ def test_the_rule_gives_way_only_to_a_plan_that_is_clearly_better() -> None:
     assert best_of([other, Entry("coarse", 10, 20, math.nan)], "3D") == "2D"
 
 
+def test_the_plan_of_the_rules_leaves_the_race_only_if_another_is_clearly_better(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def last_two(dice: dict[str, float]) -> set[str]:
+        def entry(name: str, *_: object) -> tuple[dict[str, dict[str, float]], int]:
+            return {"case": {"a": dice[name]}}, 1
+
+        monkeypatch.setattr(racing, "_entry", entry)
+        configs, empty = dict(zip(dice, dice, strict=True)), ()
+        every: Any = {"dataset": None, "track": lambda items, *_: items}
+        rounds = racing._raced(configs, cases=(empty, empty), seconds=9, cache=tmp_path, **every)  # type: ignore[arg-type]
+        return {entry.candidate for entry in rounds[1]}
+
+    assert last_two({"rule": 0.500, "2D": 0.505, "coarser": 0.510}) == {"rule", "coarser"}
+    assert last_two({"rule": 0.480, "2D": 0.505, "coarser": 0.510}) == {"2D", "coarser"}
+
+
 def test_the_table_says_who_was_stopped_and_who_is_planned() -> None:
     rounds = [[Entry("3D", 12, 30, 0.5), Entry("2D", 12, 90, 0.7)], [Entry("2D", 24, 180, 0.8)]]
     lines = table(rounds, "2D", 3).splitlines()
-    assert lines[2] == "#   3D            0.500 in 12 s, 30 steps"
-    assert lines[3] == (
+    assert lines[3] == "#   3D            0.500 in 12 s, 30 steps"
+    assert lines[4] == (
         "#   2D            0.700 in 12 s, 90 steps; 0.800 in 24 s, 180 steps  <- planned"
     )
 
@@ -122,6 +144,54 @@ def test_a_race_never_sees_the_cases_that_score_the_run(dataset: Path, tmp_path:
     assert trained and scored and not trained & scored and not (trained | scored) & held_out
     short = shortened_for_race(planned.config, 12.0, tmp_path)
     assert short.data.validation == [] and short.train.minutes == 0.2
+
+
+def test_a_race_knows_the_cases_that_settings_hold_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e10)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.05)
+    folder = small_dataset(tmp_path / "data", num_cases=12)
+    raced: list[set[str]] = []
+
+    def noted(
+        configs: object, dataset: object, cases: tuple[Any, Any], **_: object
+    ) -> list[list[Entry]]:
+        raced.append({case.name for part in cases for case in part})
+        return []
+
+    monkeypatch.setattr(racing, "_raced", noted)
+    for seed in (0, 1, 2):
+        planned = plan_by_race(
+            folder, cache=tmp_path / "c", device="cpu", minutes=60, settings=[f"train.seed={seed}"]
+        )
+        config = changed(planned.config, [f"train.seed={seed}"])
+        held_out = {case.name for case in split_of(read_dataset(folder), config).held_out}
+        assert len(held_out) == 2 and not raced[-1] & held_out
+    assert len(raced) == 3
+
+
+def test_a_race_gives_no_hints_on_a_split_that_is_not_the_runs(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (dataset / "splits_final.json").write_text(json.dumps(FOLDS))
+    source = SplitDatasetConfig.model_validate({"folder": str(dataset), "fold": 0})
+    config = plan_candidates(source, cache=tmp_path / "c", device="cpu")["3D"].config
+    known = dataset_of(config.data)
+    cases = racing._cases_of(known, config, names_of(known))
+    assert cases is not None
+    hints: list[str] = []
+
+    def trained(short: Any, *, runs: str, dataset: Dataset) -> Any:
+        split_of(dataset, short)
+        hints.extend(record.message for record in caplog.records)
+        return SimpleNamespace(model=None, summary={"steps": 1})
+
+    monkeypatch.setattr(racing, "train", trained)
+    monkeypatch.setattr(racing, "score", lambda *_, **__: {"dice_of_cases": {}})
+    caplog.clear()
+    racing._entry(config, known, cases, 1.0, tmp_path)
+    assert hints == []
 
 
 FOLDS = [

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -86,7 +86,8 @@ def train_command(
         bool,
         Option(
             "--no-race",
-            help="Plan a DATASET by rules only, without short trainings of candidates.",
+            help="Plan a DATASET by rules only, without short trainings of candidates. With "
+            "--folds there are none, because all cases score.",
         ),
     ] = False,
     json: JsonOption = False,
@@ -116,7 +117,11 @@ def train_command(
         result = _resumed(resume, wanted, overrides or [])
     else:
         settings, low = _settings(
-            config, overrides or [], runs, minutes or MINUTES, _races(overrides or [], no_race)
+            config,
+            overrides or [],
+            runs,
+            minutes or MINUTES,
+            race=not no_race and not wanted and _are_for_time(overrides or []),
         )
         _warn_of_unused(overrides or [], settings)
         _say_picture_facts(settings)
@@ -141,7 +146,7 @@ def _warn_of_unused(overrides: Sequence[str], settings: "Config") -> None:
 
 
 def _settings(
-    config: Path, overrides: Sequence[str], runs: Path, minutes: float, race: bool
+    config: Path, overrides: Sequence[str], runs: Path, minutes: float, *, race: bool
 ) -> tuple["Config", "Config | None"]:
     """The config to train, and that of the first stage if a dataset is planned in two stages."""
     from segkit.config.load import changed, load_config
@@ -156,7 +161,7 @@ def _settings(
     accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
     device = [accelerator[word] for word in overrides if word in accelerator]
     hush()  # Lightning set up its logging when it was imported
-    make = plan_by_race if race else plan_dataset
+    make = partial(plan_by_race, settings=overrides) if race else plan_dataset
     planned = make(
         dataset,
         cache=runs / ".cache",
@@ -198,9 +203,9 @@ def dims_of(overrides: Sequence[str]) -> int | None:
     return dims
 
 
-def _races(overrides: Sequence[str], no_race: bool) -> bool:
-    """Whether candidate plans are tried: not if train.steps is set, because then no time is set."""
-    return not no_race and not any(word.startswith("train.steps=") for word in overrides)
+def _are_for_time(overrides: Sequence[str]) -> bool:
+    """Whether the training is limited by time, because the settings do not give its steps."""
+    return not any(word.startswith("train.steps=") for word in overrides)
 
 
 def _trained(

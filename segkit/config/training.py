@@ -166,7 +166,7 @@ class TrainConfig(Section):
     which training can resume."""
     validation_cases: Annotated[int, Field(ge=0)] | None = None
     """Number of held-out cases, the first by name, that each validation uses. Default: all. With 0
-    there is no validation, only a checkpoint. The final scores always use all held-out cases."""
+    there is no validation, only a checkpoint. The final scores do not depend on this."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Wall time of the whole run, from preparing the cases to the final scores. Default: no limit.
     With a limit, the learning rate follows the time instead of the steps: the schedule was planned

@@ -39,12 +39,12 @@ class Steps:
 
 def per_axis(numbers: Lengths) -> str:
     """A number for each axis in words, such as "64x64x32"."""
-    return "x".join(f"{number:.4g}" for number in numbers)
+    return "x".join(f"{number:.0f}" if number >= 1000 else f"{number:.4g}" for number in numbers)
 
 
-def _count(patches: float) -> str:
-    """A number of patches in words, such as "0.4578" or "15,440"."""
-    return f"{patches:,.0f}" if patches >= 1000 else f"{patches:.4g}"
+def _count(number: float, digits: int = 4) -> str:
+    """A number in words, such as "0.4578" or "15,440"."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.{digits}g}"
 
 
 def fit_memory(setting: Setting, gigabytes: float) -> Fit:
@@ -82,8 +82,8 @@ def fit_memory(setting: Setting, gigabytes: float) -> Fit:
     reasons = {
         "patch_size": f"The median image is {per_axis(setting.median)}{cut}, padded to multiples "
         f"of {per_axis(candidate.divisor)}{shrunk}: with {channels[0]} channels, "
-        f"{rules.SMALLEST_BATCH} patches have {rules.SMALLEST_BATCH * cost / 1e6:.4g} million "
-        f"activations, and {gigabytes:g} GB {verb} {budget / 1e6:.4g} million.",
+        f"{rules.SMALLEST_BATCH} patches have {_count(rules.SMALLEST_BATCH * cost / 1e6)} million "
+        f"activations, and {gigabytes:g} GB {verb} {_count(budget / 1e6)} million.",
         "batch_size": f"{gigabytes:g} GB hold {_count(budget / cost)} patches. A batch has at most "
         f"5 % of the dataset's voxels ({_count(covered)} patches), but at least "
         f"{rules.SMALLEST_BATCH} patches.",
@@ -146,7 +146,7 @@ def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> 
         needed = batch * cost(chosen, channels)
         if needed <= total / wanted:
             break
-    budget = f"a step takes {needed / 1e9:.3g} billion multiply-adds"
+    budget = f"a step takes {_count(needed / 1e9, 3)} billion multiply-adds"
     if needed > total / wanted:
         budget += ", which is more than the time allows, but there is no smaller plan"
     patch = per_axis(chosen.patch_size)

@@ -29,7 +29,7 @@ from segkit.planning.augmentation import num_passes, planned_share
 from segkit.planning.config_text import Sections, sections_of, text_of, values_of
 from segkit.planning.fingerprint import Fingerprint
 from segkit.planning.plan import Plan
-from segkit.planning.planned_seconds import measured_seconds
+from segkit.planning.planned_seconds import measured_step, measured_window
 from segkit.planning.planning_task import (
     PlanningTask,
     Preset,
@@ -108,6 +108,7 @@ def plan_dataset(
         ConfigError: the settings of the dataset are wrong.
         VolumeError: a file cannot be read.
         WorkerError: a process that measured cases was killed.
+        TrainingError: the GPU's memory is too small for a step of the plan.
 
     Example:
         >>> planned = segkit.plan_dataset("my_dataset", minutes=60)
@@ -156,26 +157,55 @@ def planned_task(task: PlanningTask) -> Planned:
     before = f"{heading} This is the first of two stages: train it before {name}."
     low = _planned(task, plan.low_resolution, first, before)
     after = f"{heading} This is the second of two stages: train {first} first."
-    return replace(_planned(task, plan, name, after, task.runs / first), low=low)
+    second = _planned(task, plan, name, after, task.runs / first, _seconds_to_label(task, low))
+    return replace(second, low=low)
+
+
+def _seconds_to_label(task: PlanningTask, low: Planned) -> float:
+    """Seconds in which the first stage labels all cases for the second one; 0 if not planned."""
+    if task.own_schedule:
+        return 0.0
+    described = _described(task, low.config, with_labels=False)
+    return len(task.dataset.cases) * _seconds_of_case(task, low.plan, low.config, described)
 
 
 def _planned(
-    task: PlanningTask, plan: Plan, name: str, heading: str, first: Path | None = None
+    task: PlanningTask,
+    plan: Plan,
+    name: str,
+    heading: str,
+    first: Path | None = None,
+    labelling: float = 0.0,
 ) -> Planned:
-    """The planned config of one stage; `first` is the run of the stage before it, if any."""
+    """The planned config of one stage.
+
+    Args:
+        task: the task.
+        plan: the plan of this stage.
+        name: the name of the run.
+        heading: the first line of the config's text.
+        first: the run of the stage before it, if any.
+        labelling: seconds in which that stage labels all cases.
+    """
     written = partial(_sections, task, plan, first=first)
     schedule, augmenting = task.draft(), None
+
+    def valid(sections: Sections) -> Config:
+        return validated(Config, values_of(name, sections), f"plan of {task.source.folder}")
+
     if not task.own_schedule:
-        draft = validated(
-            Config, values_of(name, written(schedule)), f"plan of {task.source.folder}"
-        )
-        described = _described(task, draft, with_labels=first is not None)
-        split = split_with(task.dataset, draft.data, draft.train.seed)
-        schedule = _schedule(task, plan, draft, described, held_out=len(split.held_out))
-        augmenting = _augmenting(task, plan, described.volume_patch, schedule.steps, split)
+        # The number of steps decides how often patches are augmented, which changes the time of a
+        # step; so it is timed once more.
+        for _ in range(2):
+            draft = valid(written(schedule, augmenting=augmenting))
+            described = _described(task, draft, with_labels=first is not None)
+            split = split_with(task.dataset, draft.data, draft.train.seed)
+            schedule = _schedule(task, plan, draft, described, len(split.held_out), labelling)
+            augmenting = _augmenting(task, plan, described.volume_patch, schedule.steps, split)
+            if augmenting[0] == draft.data.augment_share:
+                break
     sections = written(schedule, augmenting=augmenting)
-    config = validated(Config, values_of(name, sections), f"plan of {task.source.folder}")
-    return Planned(config, text_of(name, sections, heading), task.fingerprint, plan)
+    return Planned(valid(sections), text_of(name, sections, heading), task.fingerprint, plan)
 
 
 def _sections(
@@ -204,32 +234,43 @@ def _schedule(
     plan: Plan,
     config: Config,
     description: ModelDescription,
-    *,
     held_out: int,
+    labelling: float,
 ) -> Schedule:
     """A schedule with validations of at most a tenth of the time, and steps in the rest."""
-    place = "here"
     if task.timed:
-        seconds, window = measured_seconds(task, config, description)
+        place, per_step = "here", measured_step(task, config, description)
     else:
-        place = LIKE
-        seconds, window = estimated_seconds(
-            plan,
-            in_channels=description.channels_in,
-            num_classes=len(description.labelling.outputs),
-        )
-    numbers = task.fingerprint.numbers()
-    sizes = rules.resampled_shapes(numbers.spacings, numbers.shapes, plan.spacing)
-    windows = [num_windows(size, description.volume_patch) for size in sizes]
-    per_case = window * sum(windows) / len(windows)
+        place, per_step = LIKE, _estimated(plan, description)[0]
     return schedule_within(
         task.minutes,
-        seconds_per_step=seconds,
-        seconds_per_case=per_case,
+        seconds_per_step=per_step,
+        seconds_per_case=_seconds_of_case(task, plan, config, description),
         held_out=held_out,
+        labelling=labelling,
         precision=precision_of(task.device) if task.timed else torch.bfloat16,
         place=place,
     )
+
+
+def _seconds_of_case(
+    task: PlanningTask, plan: Plan, config: Config, description: ModelDescription
+) -> float:
+    """Seconds of the prediction of a case, on average over the cases."""
+    if task.timed:
+        window = measured_window(task, config, description)
+    else:
+        window = _estimated(plan, description)[1]
+    numbers = task.fingerprint.numbers()
+    sizes = rules.resampled_shapes(numbers.spacings, numbers.shapes, plan.spacing)
+    windows = [num_windows(size, description.volume_patch) for size in sizes]
+    return window * sum(windows) / len(windows)
+
+
+def _estimated(plan: Plan, description: ModelDescription) -> tuple[float, float]:
+    """Estimated seconds of a step and of a window on a GPU that is not here."""
+    outputs = len(description.labelling.outputs)
+    return estimated_seconds(plan, in_channels=description.channels_in, num_classes=outputs)
 
 
 def _augmenting(

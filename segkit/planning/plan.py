@@ -231,7 +231,11 @@ def _plan(
             f"; {'xyz'[coarsest]} is over {ANISOTROPY:g} times coarser with under a third of the "
             f"voxels, so it takes the 10th percentile, {spacing[coarsest]:.4g} mm"
         )
+        if math.isclose(spacing[coarsest], sorted(spacing)[1], rel_tol=1e-3):
+            why_spacing += ", raised to the spacing of the next axis"
     why_dice = "A patch covers enough of an image, so Dice is computed for each patch."
+    if rules.needs_low_resolution(fitted.topology.patch_size, math.prod(setting.median)):
+        why_dice = "There is one stage, so Dice is computed for each patch, as in nnU-Net."
     if spatial_dims == 2:
         why_dice = (
             "A slice may lack a class, so Dice is computed over the whole batch, which is more "

@@ -1,12 +1,16 @@
 """Seconds of a step and of a window of a planned network, measured on this machine."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
 from segkit.config.model import ModelDescription
 from segkit.config.training import Config
 from segkit.data.variation import build_variation
+from segkit.errors import TrainingError
 from segkit.inference.window_seconds import seconds_of_window
 from segkit.model.build import build_network
 from segkit.nn.normalisation import order_for
@@ -16,27 +20,57 @@ from segkit.system.core_share import CoreShare
 
 STEP_OF = ("channels", "labels", "regions", "network", "slices", "patch_size", "first_stage")
 """Parts of a description that, with the batch size, decide how long a step takes."""
+AUGMENTATION = ("augment", "augment_share", "elastic", "mirror")
+"""Settings of the data that also decide it."""
 
 
-def measured_seconds(
-    task: PlanningTask, config: Config, description: ModelDescription
-) -> tuple[float, float]:
-    """Seconds of a step, and of a window in a validation, measured on the task's device."""
-    step = {
+def measured_step(task: PlanningTask, config: Config, description: ModelDescription) -> float:
+    """Seconds of a training step, measured on the task's device.
+
+    Raises:
+        TrainingError: the GPU's memory is too small for it.
+    """
+    about = {
         "what": "training step",
+        "augmentation": config.data.model_dump(mode="json", include=set(AUGMENTATION)),
+        **_about(config, description),
+    }
+    measure = partial(seconds_of_step, config, description, task.device)
+    with _room(task):
+        return task.figures.once(about, measure, task.device)
+
+
+def measured_window(task: PlanningTask, config: Config, description: ModelDescription) -> float:
+    """Seconds of a window in a validation, measured on the task's device.
+
+    Raises:
+        TrainingError: the GPU's memory is too small for it.
+    """
+    about = {"what": "window", **_about(config, description)}
+    measure = partial(seconds_of_windows, description, task.device)
+    with _room(task):
+        return task.figures.once(about, measure, task.device)
+
+
+def _about(config: Config, description: ModelDescription) -> dict[str, Any]:
+    """What the time of a step and that of a window depend on."""
+    return {
         "batch_size": config.data.batch_size,
         "optimiser": config.train.optimiser,
         **description.model_dump(mode="json", include=set(STEP_OF)),
     }
-    seconds = task.figures.once(
-        step, partial(seconds_of_step, config, description, task.device), task.device
-    )
-    window = task.figures.once(
-        {**step, "what": "window"},
-        partial(seconds_of_windows, description, task.device),
-        task.device,
-    )
-    return seconds, window
+
+
+@contextmanager
+def _room(task: PlanningTask) -> Iterator[None]:
+    """Turn a lack of memory on the GPU into an error of one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise TrainingError(
+            f"{task.device}: its memory is too small for a training step of a plan for "
+            f"{task.gigabytes:g} GB; plan for less with --memory"
+        ) from None
 
 
 def seconds_of_windows(description: ModelDescription, device: torch.device) -> float:

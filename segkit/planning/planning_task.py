@@ -204,6 +204,6 @@ def _in_slices_if_time_is_short(task: PlanningTask) -> PlanningTask:
     why = (
         f" Slices, as {counted(task.minutes, 'minute')} leave a 3D patch of "
         f"{'x'.join(map(str, plan.patch_size))}, which holds {patch / possible:.2g} of the patch "
-        f"that {gigabytes:g} GB hold; more minutes or --dims 3 train in 3D."
+        f"that {gigabytes:g} GB hold; more minutes, or segkit plan --dims 3, train in 3D."
     )
     return replace(task, spatial_dims=2, why_slices=why)

@@ -34,6 +34,7 @@ def schedule_within(
     seconds_per_step: float,
     seconds_per_case: float,
     held_out: int,
+    labelling: float = 0.0,
     precision: torch.dtype = torch.float32,
     place: str = "here",
 ) -> Schedule:
@@ -44,6 +45,7 @@ def schedule_within(
         seconds_per_step: time of a training step.
         seconds_per_case: time of a case in validations and in the final scores.
         held_out: number of held-out cases.
+        labelling: seconds in which a first stage labels all cases; 0 without a first stage.
         precision: precision of the training.
         place: the machine that trains, in words.
     """
@@ -51,10 +53,11 @@ def schedule_within(
     count, cases = _validations(SHARE_OF_VALIDATION * total, seconds_per_case, held_out)
     validating = count * cases * seconds_per_case
     scoring = seconds_to_score(total, held_out, seconds_per_case)
-    preparing = SHARE_OF_PREPARING * total
+    preparing = SHARE_OF_PREPARING * total + labelling
     steps = max(int((total - validating - scoring - preparing) / seconds_per_step), LEAST_STEPS)
     name = "single precision" if precision == torch.float32 else str(precision).split(".")[-1]
-    reserved = [f"{preparing:.0f} s are reserved for preparing"]
+    labels = " and the labels of the first stage" if labelling else ""
+    reserved = [f"{preparing:.0f} s are reserved for preparing{labels}"]
     if cases:
         each = f"{counted(count, 'validation')} of {counted(cases, 'case')}"
         reserved.append(f"{validating:.0f} s for {each}")

@@ -29,6 +29,7 @@ from segkit.geometry.grid import Orientation
 from segkit.inference.window_seconds import num_windows, seconds_of_window
 from segkit.model.folder import Model
 from segkit.system.memory import in_words
+from segkit.system.only_errors import only_errors
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import peak_of_process, precision_of
 from segkit.system.signals import advice_on_stop
@@ -266,6 +267,7 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
     with (
         tempfile.TemporaryDirectory(prefix="segkit-") as folder,
         advice_on_stop("nothing is left of it"),
+        only_errors("segkit.data.split"),  # its split is not the run's, on which hints were given
     ):
         run = train(
             shortened(config, spacing, Path(folder) / "cache"),

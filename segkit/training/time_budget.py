@@ -285,6 +285,11 @@ def slower_than_planned(budget: TimeBudget, share: float = 1.0) -> str:
     """
     planned = budget.seconds / budget.planned_steps
     end = _steps_that_fit(budget)
+    if share < FREE:
+        return (
+            f"a step takes {budget.per_step:.2g} s: other programs use the cores, and this run has "
+            f"{share:.0%} of its time on them; {end}"
+        )
     if budget.per_step < planned:
         return (
             f"a step takes {budget.per_step:.2g} s, about as planned, but all before it took "
@@ -294,9 +299,7 @@ def slower_than_planned(budget: TimeBudget, share: float = 1.0) -> str:
     # The load counts the whole machine, also in a container that may use only a part of it.
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     reason = "the plan was for a faster machine, for more minutes or for another network"
-    if share < FREE:
-        reason = f"other programs use the cores, and this run has {share:.0%} of its time on them"
-    elif load > cores + 1:
+    if load > cores + 1:
         reason = f"other programs may use the cores (load {load:.1f} on {cores}), or {reason}"
     return (
         f"a step takes {budget.per_step:.2g} s, but train.minutes and train.steps leave "

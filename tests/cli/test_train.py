@@ -60,6 +60,24 @@ def test_folds_that_are_not_numbers_are_refused(
     )
 
 
+def test_a_cross_validation_is_planned_without_a_race(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All cases score its folds, so none is left for a race."""
+
+    def raced(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("segkit.racing.plan_by_race", raced)
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e9)
+    data = small_dataset(tmp_path / "balls", num_cases=4)
+    words = ("train", data, "--folds", "0", "--minutes", "0.1", "--runs", tmp_path / "runs")
+    code, _, err = run(*words, "data.num_folds=2", "trainer.accelerator=cpu", capsys=capsys)
+    assert code == 0, err
+    with pytest.raises(AssertionError):
+        run("train", data, "--minutes", "0.1", "--runs", tmp_path / "runs", capsys=capsys)
+
+
 def test_a_single_run_cannot_be_resumed_with_folds(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from segkit.config.data import CtWindowConfig, SplitDatasetConfig, ZScoreConfig
 from segkit.config.load import load_config
 from segkit.config.training import Config
-from segkit.errors import DatasetError, SegkitError, counted
+from segkit.errors import DatasetError, SegkitError, TrainingError, counted
 from segkit.geometry.grid import Grid
+from segkit.inference.window_seconds import num_windows
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.nn.network import SegmentationNetwork
 from segkit.planning import make_plan, planned_seconds, planning_task
@@ -181,7 +182,8 @@ def test_two_stages_share_the_minutes(
     for config in (planned.config, planned.low.config):
         assert config.train.minutes == 5.0 and config.train.steps > 400
     # The second stage is given the labels of the first beside the image.
-    assert entered == [1, 2]
+    # Each is timed with all of nnU-Net's augmentation, and then as often as planned.
+    assert entered == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -334,6 +336,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e10)
     monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
     monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.01)
+    monkeypatch.setattr(planned_seconds.CoreShare, "share", lambda _: 1.0)
 
 
 @pytest.mark.parametrize("minutes", [0.1, 1.0, 5.0, 60.0, 1000.0])
@@ -454,4 +457,60 @@ def test_the_time_of_a_validation_counts_the_windows_of_each_case(
     monkeypatch.setattr(make_plan, "schedule_within", watched)
     config = planned_in(dataset, 1.0, tmp_path / "c").config
     assert config.data.patch_size == [16, 16, 16]
-    assert seen == [pytest.approx(0.01 * (3 * 1 + 2 * 27) / 5)]
+    assert seen[0] == pytest.approx(0.01 * (3 * 1 + 2 * 27) / 5) and len(set(seen)) == 1
+
+
+def test_a_step_is_timed_with_the_augmentation_of_the_plan(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Augmentation by nnU-Net takes a second; without it, twice as many steps fit."""
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e9)
+    monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.01)
+    shares: list[float] = []
+
+    def seconds(config: Config, *_: object) -> float:
+        shares.append(config.data.augment_share)
+        return 1.0 + shares[-1]
+
+    monkeypatch.setattr(planned_seconds, "seconds_of_step", seconds)
+    planned = planned_in(dataset, 0.5, tmp_path / "c")
+    assert shares == [1.0, 0.0] and planned.config.data.augment_share == 0
+    assert "A step takes 1 s here" in planned.text
+
+
+def test_the_second_stage_reserves_time_for_the_labels_of_the_first(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 2e9)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.2)
+    planned = plan_dataset(
+        large, cache=tmp_path / "cache", device="cpu", minutes=10.0, gigabytes=0.05
+    )
+    assert planned.low is not None
+    told = " ".join(planned.text.replace("#", "").split())
+    reserved = re.search(r"([\d.]+) s are reserved for preparing and the labels", told)
+    windows = window_count(planned.low)
+    # A twentieth of 5 minutes, and 0.2 s for each window of the five cases on the coarse grid.
+    assert reserved is not None and float(reserved[1]) == round(15 + 5 * 0.2 * windows)
+    assert "reserved for preparing," in " ".join(planned.low.text.replace("#", "").split())
+
+
+def window_count(planned: Planned) -> int:
+    """Number of windows of a case of `large`, all of which are cubes of one size."""
+    (spacing,) = set(planned.plan.spacing)
+    size = round(64 / spacing)
+    return num_windows((size, size, size), planned.config.data.patch_size)
+
+
+def test_too_little_memory_for_a_step_is_one_sentence(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e9)
+    monkeypatch.setattr(planned_seconds, "seconds_of_step", full)
+    told = "memory is too small for a training step of a plan for 80 GB; plan for less with --mem"
+    with pytest.raises(TrainingError, match=told):
+        plan_dataset(dataset, cache=tmp_path / "c", device="cpu", gigabytes=80, minutes=1)

@@ -303,7 +303,8 @@ def test_the_patch_that_memory_allows_decides_the_number_of_stages() -> None:
     brain = alike((140, 170, 140), (1.0, 1.0, 1.0), 25)
     plan = planned(brain)
     assert math.prod(plan.patch_size) < 0.25 * 140 * 170 * 140
-    assert plan.low_resolution is None
+    assert plan.low_resolution is None and not plan.batch_dice
+    assert "There is one stage, so Dice is computed for each patch" in plan.reasons["batch_dice"]
     large = planned(ISOTROPIC)
     low = plan_for_memory(ISOTROPIC, spatial_dims=3).low_resolution
     assert large.low_resolution is not None and low is not None

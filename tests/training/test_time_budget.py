@@ -270,6 +270,9 @@ def test_a_run_that_waits_for_cores_says_for_how_long() -> None:
     budget, _, _ = simulated(600.0, 3.6, 0.0)
     told = slower_than_planned(budget, 0.42)
     assert "other programs use the cores, and this run has 42% of its time on them" in told
+    # Also if a step is shorter than its share of all work, scoring included.
+    budget, _, _ = simulated(600.0, 0.9, 5.0)
+    assert "other programs use the cores" in slower_than_planned(budget, 0.42)
 
 
 def test_a_machine_that_is_much_faster_than_planned_is_told() -> None:
@@ -300,6 +303,7 @@ def test_the_pace_is_told_once_after_a_twentieth_of_the_time(
         clock=clock,
     )
     deadline, module = Deadline(budget, (), (8, 8, 8)), SimpleNamespace()
+    monkeypatch.setattr(deadline.cores, "share", lambda: 1.0)
     trainer = SimpleNamespace(world_size=1, is_global_zero=True, global_step=0)
     told_after = None
     for number in range(1, 101):
