@@ -91,8 +91,8 @@ def plan_by_race(
 
     Args:
         held_out: names of cases that the race must not use, if the split is not the plan's.
-        settings: KEY=VALUE settings that will change the plan. If they change its split, such as
-            `train.seed=1`, the race does not use the cases that they hold out.
+        settings: KEY=VALUE settings that will change the plan. Of these, only `train.seed` matters
+            here, which draws the split: the race does not use the cases that will be held out.
     """
     runs, began = Path(runs), time.monotonic()
     on_cpu = _no_card(device)
@@ -128,7 +128,8 @@ def plan_by_race(
     if len(names) < 2:
         return candidates[by_rule]
     dataset = dataset_of(source_of(folder, files, pictures))
-    config = changed(candidates[by_rule].config, settings)
+    of_split = [word for word in settings if word.startswith("train.seed=")]
+    config = changed(candidates[by_rule].config, of_split)
     if held_out is not None:
         split = {"validation": list(held_out), "fold": None, "splits": None}
         data = config.data.model_copy(update=split)

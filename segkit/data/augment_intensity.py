@@ -1,7 +1,7 @@
 """Random changes of the intensities of a batch of patches, on the training device.
 
-Kinds, order, ranges and probabilities are nnU-Net's (Isensee et al. 2021). A change that is not
-drawn for a sample takes no time.
+Kinds, order, ranges and probabilities are nnU-Net's (Isensee et al. 2021), but noise is stronger. A
+change that is not drawn for a sample takes no time.
 """
 
 import math
@@ -33,7 +33,8 @@ class IntensityVariation:
     """Factor of the probability that a sample is changed, between 0 and 1."""
     noise_probability: float = 0.1
     noise_variance: Range = (0.0, 0.1)
-    """Drawn once for all channels of a sample; the noise itself differs between channels."""
+    """Drawn once for all channels of a sample; the noise itself differs between channels. nnU-Net's
+    code takes the drawn number as the standard deviation, so its noise is weaker."""
     blur_probability: float = 0.2
     blur_channel_probability: float = 0.5
     blur_sigma: Range = (0.5, 1.0)

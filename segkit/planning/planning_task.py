@@ -191,7 +191,10 @@ def _in_slices_if_time_is_short(task: PlanningTask) -> PlanningTask:
     if not task.timed or task.spatial_dims == 2:
         return task
     numbers = task.fingerprint.numbers()
-    plan = task.plan()
+    plan, share = task.plan(), counted(task.minutes, "minute")
+    if plan.low_resolution is not None:
+        plan = replace(task, minutes=task.minutes / 2).plan()
+        share = f"{task.minutes / 2:g} of {share}, for each of two stages,"
     # Not of more memory, which would make any patch small beside it.
     gigabytes = min(task.gigabytes, DEFAULT_MEMORY / 1e9)
     roomy = plan_for_memory(numbers, spatial_dims=3, gigabytes=gigabytes)
@@ -202,7 +205,7 @@ def _in_slices_if_time_is_short(task: PlanningTask) -> PlanningTask:
     if 2 * patch > possible or whole_axes >= 2:
         return task
     why = (
-        f" Slices, as {counted(task.minutes, 'minute')} leave a 3D patch of "
+        f" Slices, as {share} leave a 3D patch of "
         f"{'x'.join(map(str, plan.patch_size))}, which holds {patch / possible:.2g} of the patch "
         f"that {gigabytes:g} GB hold; more minutes, or segkit plan --dims 3, train in 3D."
     )

@@ -176,7 +176,12 @@ def test_two_stages_share_the_minutes(
 
     monkeypatch.setattr(planned_seconds, "step_seconds", half_a_second)
     planned = plan_dataset(
-        large, cache=tmp_path / "cache", device="cpu", minutes=10.0, gigabytes=0.05
+        large,
+        cache=tmp_path / "cache",
+        device="cpu",
+        spatial_dims=3,
+        minutes=10.0,
+        gigabytes=0.05,
     )
     assert planned.low is not None
     for config in (planned.config, planned.low.config):
@@ -236,7 +241,9 @@ def test_volumes_are_planned_in_slices_if_time_takes_half_of_the_patch(
     monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e9)
     monkeypatch.setattr(planning_task, "plan_for_memory", fitting)
     monkeypatch.setattr(
-        planning_task.PlanningTask, "plan", lambda self: SimpleNamespace(patch_size=shrunk)
+        planning_task.PlanningTask,
+        "plan",
+        lambda self: SimpleNamespace(patch_size=shrunk, low_resolution=None),
     )
     task = planning_task.planning_task(
         planning_task.source_of(large, None, None), cache=tmp_path / "cache", device="cpu",
@@ -245,6 +252,28 @@ def test_volumes_are_planned_in_slices_if_time_takes_half_of_the_patch(
     )  # fmt: skip
     assert task.spatial_dims == planned_dims
     assert ("which holds 0.5 of the patch that 8 GB hold" in task.why_slices) == (planned_dims == 2)
+
+
+def test_each_of_two_stages_must_have_time_for_its_patch(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(task: planning_task.PlanningTask) -> SimpleNamespace:
+        edge = 64 if task.minutes > 4 else 32
+        return SimpleNamespace(patch_size=(edge, edge, edge), low_resolution="a first stage")
+
+    monkeypatch.setattr(planning_task.PlanningTask, "plan", planned)
+    monkeypatch.setattr(
+        planning_task, "plan_for_memory", lambda *_, **__: SimpleNamespace(patch_size=(64, 64, 64))
+    )
+    for minutes, dims in ((6.0, 2), (10.0, 3)):
+        task = planning_task.planning_task(
+            planning_task.source_of(large, None, None), cache=tmp_path / "cache", device="cpu",
+            gigabytes=8.0, minutes=minutes, spatial_dims=None, preset="auto", runs=tmp_path,
+            track=untracked,
+        )  # fmt: skip
+        assert task.spatial_dims == dims
+        told = "Slices, as 3 of 6 minutes, for each of two stages, leave a 3D patch of 32x32x32"
+        assert (told in task.why_slices) == (dims == 2)
 
 
 def test_slices_are_planned_as_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,7 +514,12 @@ def test_the_second_stage_reserves_time_for_the_labels_of_the_first(
     monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
     monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.2)
     planned = plan_dataset(
-        large, cache=tmp_path / "cache", device="cpu", minutes=10.0, gigabytes=0.05
+        large,
+        cache=tmp_path / "cache",
+        device="cpu",
+        spatial_dims=3,
+        minutes=10.0,
+        gigabytes=0.05,
     )
     assert planned.low is not None
     told = " ".join(planned.text.replace("#", "").split())
