@@ -1,6 +1,6 @@
 """Training by recorded steps, with CUDA graphs played on the CPU; tests/test_gpu.py has a GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,5 +103,24 @@ def test_recorded_steps_train_as_steps_do_also_after_a_validation(
         weights.append({key: values for key, values in state.items() if "network" in key})
     (graph,) = graphs
     assert graph.replays == 6
-    for key, expected in weights[1].items():
-        torch.testing.assert_close(weights[0][key], expected, rtol=1e-4, atol=1e-5, msg=key)
+    compared = [key for key in weights[1] if not is_cancelled(key, weights[1])]
+    assert len(compared) > len(weights[1]) / 2
+    for key in compared:
+        found, expected = weights[0][key], weights[1][key]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=key)
+
+
+def is_cancelled(key: str, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a weight is the bias of a convolution before a normalisation, which subtracts it.
+
+    Its gradient is 0 but for rounding, which AdamW enlarges: it divides gradients by their size.
+    """
+    layer, _, kind = key.rpartition(".")
+    block, _, number = layer.rpartition(".")
+    after = weights.get(f"{block}.{int(number) + 1}.weight") if number.isdigit() else None
+    return (
+        kind == "bias"
+        and weights[f"{layer}.weight"].ndim > 1
+        and after is not None
+        and after.ndim == 1
+    )
