@@ -30,7 +30,7 @@ def sections_of(
     own_schedule: bool,
     labels: Sequence[str],
     accelerator: str | None,
-    on_cpu: bool,
+    optimiser: tuple[OptimiserName, str],
     first_stage: Path | None,
 ) -> Sections:
     """The sections of the config.
@@ -44,7 +44,7 @@ def sections_of(
         own_schedule: whether plan and schedule are nnU-Net's own, without attention.
         labels: names of the dataset's classes or regions.
         accelerator: 'cpu' or 'gpu'; None leaves the choice to the training.
-        on_cpu: whether the training is planned for a CPU.
+        optimiser: the optimiser, and why.
         first_stage: the run of the first stage, if there are two stages.
     """
     why = plan.reasons
@@ -94,7 +94,7 @@ def sections_of(
                 "this time. With null, training takes exactly the given steps.",
             ),
             "batch_dice": (plan.batch_dice, why["batch_dice"]),
-            "optimiser": _optimiser(own_schedule=own_schedule, on_cpu=on_cpu),
+            "optimiser": optimiser,
             "averaging": (
                 None if own_schedule else AVERAGING,
                 "A running average of the weights scores better than the last weights.",
@@ -111,15 +111,6 @@ def sections_of(
         },
         "trainer": {"accelerator": (accelerator, "")},
     }
-
-
-def _optimiser(*, own_schedule: bool, on_cpu: bool) -> tuple[OptimiserName, str]:
-    """The optimiser, and why."""
-    if own_schedule:
-        return "sgd", ""
-    if on_cpu:
-        return "muon", "On a CPU, networks reach a higher Dice than with adamw in the same time."
-    return "adamw", "Muon, which is better on a CPU, has not been measured on a GPU."
 
 
 def _normalisation(

@@ -29,6 +29,7 @@ from segkit.planning.augmentation import num_passes, planned_share
 from segkit.planning.config_text import Sections, sections_of, text_of, values_of
 from segkit.planning.fingerprint import Fingerprint
 from segkit.planning.plan import Plan
+from segkit.planning.planned_optimiser import planned_optimiser
 from segkit.planning.planned_seconds import measured_step, measured_window
 from segkit.planning.planning_task import (
     PlanningTask,
@@ -224,7 +225,13 @@ def _sections(
         own_schedule=task.own_schedule,
         labels=list(task.dataset.labels),
         accelerator=task.accelerator,
-        on_cpu=task.device.type == "cpu",
+        optimiser=planned_optimiser(
+            plan,
+            in_channels=len(task.dataset.channels) + (first is not None),
+            num_classes=len(task.dataset.labelling.outputs),
+            own_schedule=task.own_schedule,
+            on_cpu=task.device.type == "cpu",
+        ),
         first_stage=first,
     )
 
