@@ -6,7 +6,6 @@ speed, and its learning rate follows the time, so the estimate decides only how 
 and the distance between validations are at first.
 """
 
-from segkit.planning.nnunet_rules import multiply_adds
 from segkit.planning.plan import Plan
 
 OVERHEAD = 0.01
@@ -23,13 +22,5 @@ def estimated_seconds(plan: Plan, *, in_channels: int, num_classes: int) -> tupl
         in_channels: number of channels of the image.
         num_classes: number of outputs of the network.
     """
-    forward = multiply_adds(
-        channels=plan.channels,
-        strides=plan.strides,
-        kernels=plan.kernels,
-        patch_size=plan.patch_size,
-        in_channels=in_channels,
-        num_classes=num_classes,
-    )
-    window = forward / MULTIPLY_ADDS_PER_SECOND
+    window = plan.multiply_adds(in_channels, num_classes) / MULTIPLY_ADDS_PER_SECOND
     return OVERHEAD + 3 * plan.batch_size * window, OVERHEAD / 4 + window

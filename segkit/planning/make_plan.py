@@ -134,10 +134,9 @@ def plan_dataset(
 def planned_task(task: PlanningTask) -> Planned:
     """The planned config, or the configs of two stages."""
     minutes, source = task.minutes, task.source
-    plan, share = task.plan(), counted(minutes, "minute")
-    if not task.own_schedule and plan.low_resolution is not None:
-        task = replace(task, minutes=minutes / 2)
-        plan, share = task.plan(), f"{minutes / 2:g} of {counted(minutes, 'minute')}"
+    (task, plan), share = task.stage(), counted(minutes, "minute")
+    if task.minutes != minutes:
+        share = f"{task.minutes:g} of {share}"
     budget = f"{task.gigabytes:g} GB of memory"
     if task.timed:
         on_cpu = task.device.type == "cpu"

@@ -48,6 +48,17 @@ class Plan:
     reasons: dict[str, str]
     """A sentence for each value."""
 
+    def multiply_adds(self, in_channels: int, num_classes: int) -> int:
+        """Number of multiply-adds in a forward pass of the network for one patch."""
+        return rules.multiply_adds(
+            channels=self.channels,
+            strides=self.strides,
+            kernels=self.kernels,
+            patch_size=self.patch_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+        )
+
 
 def plan_for_memory(numbers: Numbers, *, spatial_dims: int, gigabytes: float = 8.0) -> Plan:
     """nnU-Net's plan: the largest patch that the memory allows, and then the largest batch.

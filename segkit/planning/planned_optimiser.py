@@ -8,7 +8,6 @@ time. docs/training.md has the measurements.
 import math
 
 from segkit.config.training import OptimiserName
-from segkit.planning.nnunet_rules import multiply_adds
 from segkit.planning.plan import Plan
 
 MOST = 1.5
@@ -31,18 +30,7 @@ def planned_optimiser(
         return "sgd", ""
     if not on_cpu:
         return "adamw", "Muon, which is better on a CPU, has not been measured on a GPU."
-    network = (
-        3
-        * plan.batch_size
-        * multiply_adds(
-            channels=plan.channels,
-            strides=plan.strides,
-            kernels=plan.kernels,
-            patch_size=plan.patch_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-        )
-    )
+    network = 3 * plan.batch_size * plan.multiply_adds(in_channels, num_classes)
     share = orthogonal_multiply_adds(plan, in_channels=in_channels) / network
     if share > MOST:
         return (

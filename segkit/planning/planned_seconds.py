@@ -1,7 +1,6 @@
 """Seconds of a step and of a window of a planned network, measured on this machine."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,9 +34,7 @@ def measured_step(task: PlanningTask, config: Config, description: ModelDescript
         "augmentation": config.data.model_dump(mode="json", include=set(AUGMENTATION)),
         **_about(config, description),
     }
-    measure = partial(seconds_of_step, config, description, task.device)
-    with _room(task):
-        return task.figures.once(about, measure, task.device)
+    return _measured(task, about, partial(seconds_of_step, config, description, task.device))
 
 
 def measured_window(task: PlanningTask, config: Config, description: ModelDescription) -> float:
@@ -47,13 +44,11 @@ def measured_window(task: PlanningTask, config: Config, description: ModelDescri
         TrainingError: the GPU's memory is too small for it.
     """
     about = {"what": "window", **_about(config, description)}
-    measure = partial(seconds_of_windows, description, task.device)
-    with _room(task):
-        return task.figures.once(about, measure, task.device)
+    return _measured(task, about, partial(seconds_of_windows, description, task.device))
 
 
 def _about(config: Config, description: ModelDescription) -> dict[str, Any]:
-    """What the time of a step and that of a window depend on."""
+    """The values on which the time of a step and that of a window depend."""
     return {
         "batch_size": config.data.batch_size,
         "optimiser": config.train.optimiser,
@@ -61,11 +56,10 @@ def _about(config: Config, description: ModelDescription) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _room(task: PlanningTask) -> Iterator[None]:
-    """Turn a lack of memory on the GPU into an error of one sentence."""
+def _measured(task: PlanningTask, about: dict[str, Any], measure: Callable[[], float]) -> float:
+    """A measurement on the task's device; a lack of GPU memory is an error of one sentence."""
     try:
-        yield
+        return task.figures.once(about, measure, task.device)
     except torch.OutOfMemoryError:
         raise TrainingError(
             f"{task.device}: its memory is too small for a training step of a plan for "

@@ -104,6 +104,14 @@ class PlanningTask:
             gigabytes=self.gigabytes,
         )
 
+    def stage(self) -> "tuple[PlanningTask, Plan]":
+        """The task of one stage and its plan: if there are two, each has half of the minutes."""
+        plan = self.plan()
+        if self.own_schedule or plan.low_resolution is None:
+            return self, plan
+        half = replace(self, minutes=self.minutes / 2)
+        return half, half.plan()
+
 
 def source_of(
     folder: str | Path | DatasetConfig,
@@ -191,10 +199,9 @@ def _in_slices_if_time_is_short(task: PlanningTask) -> PlanningTask:
     if not task.timed or task.spatial_dims == 2:
         return task
     numbers = task.fingerprint.numbers()
-    plan, share = task.plan(), counted(task.minutes, "minute")
-    if plan.low_resolution is not None:
-        plan = replace(task, minutes=task.minutes / 2).plan()
-        share = f"{task.minutes / 2:g} of {share}, for each of two stages,"
+    (stage, plan), share = task.stage(), counted(task.minutes, "minute")
+    if stage is not task:
+        share = f"{stage.minutes:g} of {share}, for each of two stages,"
     # Not of more memory, which would make any patch small beside it.
     gigabytes = min(task.gigabytes, DEFAULT_MEMORY / 1e9)
     roomy = plan_for_memory(numbers, spatial_dims=3, gigabytes=gigabytes)

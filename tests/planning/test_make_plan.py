@@ -159,6 +159,12 @@ def test_a_plan_for_a_gpu_elsewhere_follows_its_memory_and_the_minutes(
     assert "s on a GPU like an NVIDIA H200, in bfloat16" in text
 
 
+def in_two_stages(large: Path, cache: Path) -> Planned:
+    return plan_dataset(
+        large, cache=cache, device="cpu", spatial_dims=3, minutes=10.0, gigabytes=0.05
+    )
+
+
 def test_two_stages_share_the_minutes(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,14 +181,7 @@ def test_two_stages_share_the_minutes(
         return 0.5
 
     monkeypatch.setattr(planned_seconds, "step_seconds", half_a_second)
-    planned = plan_dataset(
-        large,
-        cache=tmp_path / "cache",
-        device="cpu",
-        spatial_dims=3,
-        minutes=10.0,
-        gigabytes=0.05,
-    )
+    planned = in_two_stages(large, tmp_path / "cache")
     assert planned.low is not None
     for config in (planned.config, planned.low.config):
         assert config.train.minutes == 5.0 and config.train.steps > 400
@@ -513,14 +512,7 @@ def test_the_second_stage_reserves_time_for_the_labels_of_the_first(
     monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 2e9)
     monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
     monkeypatch.setattr(planned_seconds, "seconds_of_window", lambda *_: 0.2)
-    planned = plan_dataset(
-        large,
-        cache=tmp_path / "cache",
-        device="cpu",
-        spatial_dims=3,
-        minutes=10.0,
-        gigabytes=0.05,
-    )
+    planned = in_two_stages(large, tmp_path / "cache")
     assert planned.low is not None
     told = " ".join(planned.text.replace("#", "").split())
     reserved = re.search(r"([\d.]+) s are reserved for preparing and the labels", told)
