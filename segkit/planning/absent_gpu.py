@@ -22,5 +22,6 @@ def estimated_seconds(plan: Plan, *, in_channels: int, num_classes: int) -> tupl
         in_channels: number of channels of the image.
         num_classes: number of outputs of the network.
     """
-    window = plan.multiply_adds(in_channels, num_classes) / MULTIPLY_ADDS_PER_SECOND
-    return OVERHEAD + 3 * plan.batch_size * window, OVERHEAD / 4 + window
+    work = plan.step_work(in_channels, num_classes)
+    window = work.forward / MULTIPLY_ADDS_PER_SECOND
+    return OVERHEAD + work.network / MULTIPLY_ADDS_PER_SECOND, OVERHEAD / 4 + window

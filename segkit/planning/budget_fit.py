@@ -2,13 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from segkit.errors import counted
 from segkit.planning import nnunet_rules as rules
 from segkit.planning.nnunet_rules import Lengths, Setting, Topology
+from segkit.planning.planned_optimiser import planned_work
+from segkit.planning.step_work import step_work
 
 MOST_ELONGATED = 2.0
 """If time is short, a patch is first shortened along an axis that is more than so many times as
@@ -107,7 +108,9 @@ def _without_tubes(setting: Setting) -> Setting:
     return replace(setting, median=tuple(median))
 
 
-def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> Fit:
+def fit_time(
+    setting: Setting, gigabytes: float, total: float, steps: Steps, *, on_cpu: bool
+) -> Fit:
     """The fit for a total number of multiply-adds.
 
     Args:
@@ -115,12 +118,14 @@ def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> 
         gigabytes: memory of the device, in 10⁹ bytes.
         total: number of multiply-adds in the whole training.
         steps: the numbers of steps that must fit.
+        on_cpu: whether the training is planned for a CPU, where Muon takes part of a step.
     """
     start = fit_memory(setting, gigabytes)
 
-    def cost(candidate: Topology, channels: Sequence[int]) -> int:
-        """Multiply-adds of one patch in a training step; backward takes twice those of forward."""
-        return 3 * rules.multiply_adds(
+    def cost(candidate: Topology, channels: tuple[int, ...], batch: int) -> int:
+        """Multiply-adds of a training step."""
+        work = step_work(
+            batch_size=batch,
             channels=channels,
             strides=candidate.strides,
             kernels=candidate.kernels,
@@ -128,13 +133,19 @@ def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> 
             in_channels=setting.in_channels,
             num_classes=setting.num_classes,
         )
+        return planned_work(work, on_cpu=on_cpu)
 
     def narrowed(candidate: Topology, width: int) -> tuple[int, ...]:
         num_levels = len(candidate.kernels)
         return rules.widths(num_levels, spatial_dims=len(setting.spacing), start=width)
 
-    affordable = int(total / steps.for_batch // cost(start.topology, start.channels))
-    batch = max(min(start.batch_size, affordable), rules.SMALLEST_BATCH)
+    batches = range(start.batch_size, rules.SMALLEST_BATCH, -1)
+    affordable = (
+        size
+        for size in batches
+        if cost(start.topology, start.channels, size) <= total / steps.for_batch
+    )
+    batch = next(affordable, rules.SMALLEST_BATCH)
     *wider, narrowest = rules.START_WIDTHS
     smaller = rules.shrinking(_without_tubes(setting), start.topology)
     candidates = itertools.chain(
@@ -143,7 +154,7 @@ def fit_time(setting: Setting, gigabytes: float, total: float, steps: Steps) -> 
     )
     for chosen, width, wanted in candidates:
         channels = narrowed(chosen, width)
-        needed = batch * cost(chosen, channels)
+        needed = cost(chosen, channels, batch)
         if needed <= total / wanted:
             break
     budget = f"a step takes {_count(needed / 1e9, 3)} billion multiply-adds"

@@ -225,9 +225,10 @@ def _sections(
         labels=list(task.dataset.labels),
         accelerator=task.accelerator,
         optimiser=planned_optimiser(
-            plan,
-            in_channels=len(task.dataset.channels) + (first is not None),
-            num_classes=len(task.dataset.labelling.outputs),
+            plan.step_work(
+                in_channels=len(task.dataset.channels) + (first is not None),
+                num_classes=len(task.dataset.labelling.outputs),
+            ),
             own_schedule=task.own_schedule,
             on_cpu=task.device.type == "cpu",
         ),

@@ -17,6 +17,7 @@ from segkit.geometry.grid import ANISOTROPY, rounded_spacing, separate_axis
 from segkit.planning import nnunet_rules as rules
 from segkit.planning.budget_fit import Fit, Steps, fit_memory, fit_time, per_axis
 from segkit.planning.nnunet_rules import ChannelNormalisation, Numbers, Setting, Size
+from segkit.planning.step_work import StepWork, step_work
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class Plan:
     reasons: dict[str, str]
     """A sentence for each value."""
 
-    def multiply_adds(self, in_channels: int, num_classes: int) -> int:
-        """Number of multiply-adds in a forward pass of the network for one patch."""
-        return rules.multiply_adds(
+    def step_work(self, in_channels: int, num_classes: int) -> StepWork:
+        """Numbers of multiply-adds in a training step of a batch."""
+        return step_work(
+            batch_size=self.batch_size,
             channels=self.channels,
             strides=self.strides,
             kernels=self.kernels,
@@ -86,13 +88,15 @@ def plan_for_time(
     steps: Steps,
     multiply_adds_per_second: float,
     gigabytes: float = 8.0,
+    on_cpu: bool = True,
 ) -> Plan:
     """The plan for the memory, made smaller until enough training steps fit into the minutes.
 
     First the batch is made smaller, then the network narrower, then the patch smaller. If even the
     smallest plan takes longer, it is the result, and its reasons say so. Only the convolutions of
-    training are counted, not preparation, validation or augmentation. The patch that memory allows
-    decides whether there are two stages, as in nnU-Net, not the patch that time allows.
+    training and the arithmetic of Muon are counted, not preparation, validation or augmentation.
+    The patch that memory allows decides whether there are two stages, as in nnU-Net, not the patch
+    that time allows.
 
     Args:
         numbers: measurements of the dataset.
@@ -101,11 +105,12 @@ def plan_for_time(
         steps: the numbers of steps that must fit.
         multiply_adds_per_second: speed of the device in training.
         gigabytes: memory of the device, in 10⁹ bytes.
+        on_cpu: whether the device is a CPU, where Muon takes part of a step.
 
     Raises:
         DatasetError: the cases have fewer axes than the plan.
     """
-    fit, fit_memory = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes)
+    fit, fit_memory = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes, on_cpu)
     return _plan(numbers, spatial_dims, fit, fit_memory)
 
 
@@ -116,6 +121,7 @@ def coarse_plan_for_time(
     steps: Steps,
     multiply_adds_per_second: float,
     gigabytes: float = 8.0,
+    on_cpu: bool = True,
 ) -> Plan | None:
     """A 3D plan of one stage at a coarser spacing, at which a patch covers a quarter of an image.
 
@@ -125,7 +131,7 @@ def coarse_plan_for_time(
         None if a patch covers a quarter at full resolution already, or if the coarser grid would
         save less than half of the voxels, or if the cases are single slices.
     """
-    fit, _ = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes)
+    fit, _ = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes, on_cpu)
     if flat_axis(numbers) is not None:
         return None
     _, setting = _target(numbers, 3)
@@ -134,7 +140,7 @@ def coarse_plan_for_time(
 
 
 def _fits(
-    total: float, steps: Steps, gigabytes: float
+    total: float, steps: Steps, gigabytes: float, on_cpu: bool
 ) -> tuple[Callable[[Setting], Fit], Callable[[Setting], Fit]]:
     """The fit for a total of multiply-adds, and the fit for the memory.
 
@@ -142,9 +148,10 @@ def _fits(
         total: number of multiply-adds in the whole training.
         steps: the numbers of steps that must fit.
         gigabytes: memory of the device, in 10⁹ bytes.
+        on_cpu: whether the device is a CPU.
     """
     return (
-        lambda setting: fit_time(setting, gigabytes, total, steps),
+        lambda setting: fit_time(setting, gigabytes, total, steps, on_cpu=on_cpu),
         lambda setting: fit_memory(setting, gigabytes),
     )
 

@@ -92,6 +92,7 @@ class PlanningTask:
                 steps=self.steps,
                 multiply_adds_per_second=speed,
                 gigabytes=self.gigabytes,
+                on_cpu=self.device.type == "cpu",
             )
             if coarse is not None:
                 return coarse
@@ -102,6 +103,7 @@ class PlanningTask:
             steps=self.steps,
             multiply_adds_per_second=speed,
             gigabytes=self.gigabytes,
+            on_cpu=self.device.type == "cpu",
         )
 
     def stage(self) -> "tuple[PlanningTask, Plan]":

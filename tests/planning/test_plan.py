@@ -20,7 +20,6 @@ from segkit.planning.nnunet_rules import (
     Numbers,
     activations,
     median_shape,
-    multiply_adds,
     widths,
 )
 from segkit.planning.plan import (
@@ -58,16 +57,10 @@ PROSTATE = replace(PROSTATE, intensities=(None, None))
 ISOTROPIC = alike((512, 512, 512), (1.0, 1.0, 1.0), 100)
 
 
-def cost_of_patch(plan: Plan, numbers: Numbers) -> int:
-    """Multiply-adds of a forward pass."""
-    return multiply_adds(
-        channels=plan.channels,
-        strides=plan.strides,
-        kernels=plan.kernels,
-        patch_size=plan.patch_size,
-        in_channels=len(numbers.channels),
-        num_classes=numbers.num_classes,
-    )
+def cost_of_step(plan: Plan, numbers: Numbers) -> int:
+    """Multiply-adds of a training step on a CPU, with Muon unless it takes most of the time."""
+    work = plan.step_work(len(numbers.channels), numbers.num_classes)
+    return work.network + (work.orthogonal if work.orthogonal <= 1.5 * work.network else 0)
 
 
 def memory_of_patch(plan: Plan, numbers: Numbers) -> int:
@@ -349,23 +342,24 @@ def in_time(billions: float) -> Plan:
 def test_a_plan_that_takes_too_long_gets_a_smaller_batch_then_width_then_patch() -> None:
     whole = plan_for_memory(HIPPOCAMPUS, spatial_dims=3)
 
-    def narrow(start: int) -> float:
-        """Billions in a step per patch."""
-        plan = replace(whole, channels=widths(4, spatial_dims=3, start=start))
-        return 3 * cost_of_patch(plan, HIPPOCAMPUS) / 1e9
+    def step(start: int, batch: int = 2) -> float:
+        """Billions in a step."""
+        channels = widths(4, spatial_dims=3, start=start)
+        plan = replace(whole, channels=channels, batch_size=batch)
+        return cost_of_step(plan, HIPPOCAMPUS) / 1e9
 
-    plan = in_time(9 * narrow(32) * 0.999)
+    plan = in_time(step(32, batch=9) * 0.999)
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (32, 8, (40, 56, 40))
     assert "Reduced from 9 to 8" in plan.reasons["batch_size"]
-    plan = in_time(2 * narrow(32) * 1.001)
+    plan = in_time(step(32) * 1.001)
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (32, 2, (40, 56, 40))
-    plan = in_time(2 * narrow(32) * 0.999)
+    plan = in_time(step(32) * 0.999)
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (16, 2, (40, 56, 40))
     assert "Reduced from 32 to 16" in plan.reasons["channels"]
     # The narrowest network needs only a quarter of these steps.
-    plan = in_time(2 * narrow(8) * 1.001 / 4)
+    plan = in_time(step(8) * 1.001 / 4)
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (8, 2, (40, 56, 40))
-    plan = in_time(2 * narrow(8) * 0.999 / 4)
+    plan = in_time(step(8) * 0.999 / 4)
     # x is 40 / 35 of the median image, more than y and z.
     assert (plan.channels[0], plan.batch_size, plan.patch_size) == (8, 2, (32, 56, 40))
     assert "Reduced from 40x56x40 to 32x56x40" in plan.reasons["patch_size"]
@@ -373,22 +367,23 @@ def test_a_plan_that_takes_too_long_gets_a_smaller_batch_then_width_then_patch()
 
 def test_a_batch_grows_only_if_there_is_time_for_enough_steps() -> None:
     whole = plan_for_memory(HIPPOCAMPUS, spatial_dims=3)
-    patch = 3 * cost_of_patch(whole, HIPPOCAMPUS)
 
-    def planned(patches: float) -> Plan:
-        """The plan where so many patches fit into the time."""
+    def planned(steps: float, batch: int) -> Plan:
+        """The plan where so many steps of such a batch fit into the time."""
+        step = cost_of_step(replace(whole, batch_size=batch), HIPPOCAMPUS)
         return plan_for_time(
             HIPPOCAMPUS,
             spatial_dims=3,
             minutes=1.0,
             steps=Steps(for_batch=320, per_channel=1, for_patch=8),
-            multiply_adds_per_second=patches * patch / 60,
+            multiply_adds_per_second=steps * step / 60,
         )
 
-    for patches, batch in [(65, 2), (959, 2), (961, 3), (2879, 8), (2881, 9), (1e6, 9)]:
-        plan = planned(patches)
+    for steps, of, batch in [(33, 2, 2), (319, 3, 2), (321, 3, 3), (319, 9, 8), (321, 9, 9)]:
+        plan = planned(steps, of)
         assert (plan.batch_size, plan.channels) == (batch, whole.channels)
-    assert planned(63).channels[0] == 16
+    assert planned(1e6, 9).batch_size == 9
+    assert planned(31, 2).channels[0] == 16
 
 
 def test_the_width_is_reduced_before_the_patch() -> None:
@@ -396,8 +391,8 @@ def test_the_width_is_reduced_before_the_patch() -> None:
 
     def of(start: int) -> int:
         """Multiply-adds of the least batch, so wide."""
-        plan = replace(whole, channels=widths(4, spatial_dims=3, start=start))
-        return 2 * 3 * cost_of_patch(plan, HIPPOCAMPUS)
+        channels = widths(4, spatial_dims=3, start=start)
+        return cost_of_step(replace(whole, channels=channels, batch_size=2), HIPPOCAMPUS)
 
     def planned(total: float, per_channel: int = 20) -> tuple[int, tuple[int, ...]]:
         plan = plan_for_time(
@@ -419,6 +414,33 @@ def test_the_width_is_reduced_before_the_patch() -> None:
     # If a wide network needs fewer steps than a patch does, the patch stays as it is.
     assert planned(81 * of(16), per_channel=5) == (16, size)
     assert planned(79 * of(16), per_channel=5) == (8, size)
+
+
+def test_the_time_of_muon_counts_on_a_cpu() -> None:
+    """Deep 2D networks: their coarse levels have many channels and few pixels."""
+    slices = alike((512, 512, 1), (1.0, 1.0, 1.0), 24)
+    width = 16
+    channels = widths(8, spatial_dims=2, start=width)
+    plan = replace(plan_for_memory(slices, spatial_dims=2), channels=channels, batch_size=2)
+    work = plan.step_work(1, slices.num_classes)
+    assert 0.5 < work.muons_share < 1.5
+
+    def planned_width(total: float, *, on_cpu: bool) -> int:
+        """The width if there are so many multiply-adds for 1,024 steps with 16 channels."""
+        return plan_for_time(
+            slices,
+            spatial_dims=2,
+            minutes=1.0,
+            steps=Steps(for_batch=100_000, per_channel=64, for_patch=1),
+            multiply_adds_per_second=total * 1024 / 60,
+            on_cpu=on_cpu,
+        ).channels[0]
+
+    whole = work.network + work.orthogonal
+    assert planned_width(1.001 * whole, on_cpu=True) == width
+    assert planned_width(0.999 * whole, on_cpu=True) == 8
+    assert planned_width(1.001 * work.network, on_cpu=False) == width
+    assert planned_width(0.999 * work.network, on_cpu=False) == 8
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -555,7 +577,7 @@ def test_every_plan_fits_its_network(
             # Shapes at low resolution are those of the median, which is not the median of shapes.
             slack = 0 if each is plan else 2
             assert_network_can_be_built(each, tuple(n + slack for n in seen))
-            needed = each.batch_size * 3 * cost_of_patch(each, numbers) * 1000
+            needed = cost_of_step(each, numbers) * 1000
             if "time" in each.reasons and "no smaller plan" not in each.reasons["time"]:
                 assert needed <= minutes * 60 * 1e10 * (1 + 1e-9)
             each = each.low_resolution
@@ -591,7 +613,7 @@ def test_more_time_never_makes_less_of_a_step(
             steps=PLANNED_STEPS,
             multiply_adds_per_second=1e10,
         )
-        costs.append(plan.batch_size * cost_of_patch(plan, numbers))
+        costs.append(plan.step_work(len(numbers.channels), numbers.num_classes).network)
     assert costs[0] <= costs[1]
 
 

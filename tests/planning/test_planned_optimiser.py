@@ -8,7 +8,7 @@ from segkit.nn.muon import is_kernel
 from segkit.nn.unet import UNet
 from segkit.planning.nnunet_rules import Numbers
 from segkit.planning.plan import Plan, plan_for_memory
-from segkit.planning.planned_optimiser import orthogonal_multiply_adds, planned_optimiser
+from segkit.planning.planned_optimiser import planned_optimiser
 
 
 def pictures(edge: int) -> Plan:
@@ -26,9 +26,8 @@ def pictures(edge: int) -> Plan:
 
 
 def chosen(plan: Plan, *, own_schedule: bool = False, on_cpu: bool = True) -> tuple[str, str]:
-    return planned_optimiser(
-        plan, in_channels=1, num_classes=2, own_schedule=own_schedule, on_cpu=on_cpu
-    )
+    work = plan.step_work(in_channels=1, num_classes=2)
+    return planned_optimiser(work, own_schedule=own_schedule, on_cpu=on_cpu)
 
 
 @pytest.mark.parametrize("edge", [48, 192])
@@ -41,7 +40,7 @@ def test_the_arithmetic_of_muon_is_that_of_the_networks_kernels(edge: int) -> No
         if is_kernel(weight):
             short, long = sorted(weight.flatten(1).shape)
             total += 4 * short**2 * long + 14 * short**3
-    assert orthogonal_multiply_adds(plan, in_channels=1) == total
+    assert plan.step_work(in_channels=1, num_classes=2).orthogonal == total
 
 
 def test_a_deep_network_with_small_batches_trains_with_adamw() -> None:
