@@ -16,7 +16,7 @@ class Stream:
 def played_cuda(graph: type) -> Iterator[None]:
     """Let streams run at once, and let CUDA graphs be of this type."""
 
-    def inside(*_: object) -> contextlib.nullcontext[None]:
+    def inside(*_: object, **__: object) -> contextlib.nullcontext[None]:
         return contextlib.nullcontext()
 
     with contextlib.ExitStack() as patches:
@@ -24,6 +24,7 @@ def played_cuda(graph: type) -> Iterator[None]:
             ("torch.cuda.Stream", Stream),
             ("torch.cuda.current_stream", Stream),
             ("torch.cuda.stream", inside),
+            ("torch.cuda.set_stream", inside),
             ("torch.cuda.graph", inside),
             ("torch.cuda.CUDAGraph", graph),
             ("torch.random.fork_rng", inside),

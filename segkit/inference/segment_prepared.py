@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from segkit.inference.engines.out_of_memory import OneWindowEngine
 from segkit.inference.engines.torch_eager import LOGITS, TorchEngine, windows_at_once
 from segkit.inference.model_walk import window_layout
 from segkit.inference.source_rows import labels_of
@@ -37,7 +38,7 @@ def segment_prepared(
     # A GPU uses the precision of training.
     half = device.type == "cuda" and torch.is_autocast_enabled("cuda")
     precision = torch.get_autocast_dtype("cuda") if half else torch.float32
-    engine = TorchEngine(network, device=device, precision=precision)
+    engine = OneWindowEngine(TorchEngine(network, device=device, precision=precision))
     layout = window_layout(network, patch_size, overlap, image.shape[1:])
     batch_size = windows_at_once(network, device, layout.patch_size)
     slabs = stream(image, lambda windows: engine(windows, ()), layout, batch_size=batch_size)

@@ -87,7 +87,9 @@ def step_seconds(
     def varied() -> tuple[Tensor, Tensor]:
         return (image, label) if vary is None else vary(image.float(), label, generator)
 
-    graphed = record_step(network, losses, *varied()) if device.type == "cuda" else None
+    # With float16, the loss is scaled, and training does not record its steps.
+    records = device.type == "cuda" and half != torch.float16
+    graphed = record_step(network, losses, *varied()) if records else None
 
     def step(image: Tensor, label: Tensor) -> None:
         if graphed is None:

@@ -76,7 +76,8 @@ class GraphedStep:
         # The recording allocates gradients in the graph's memory; each replay writes them there.
         _forget_gradients(parameters)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Other threads, such as the one that pins batches, may use the device meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.values = step()
         self.gradients = [parameter.grad for parameter in parameters]
         self.graph.replay()
@@ -136,6 +137,7 @@ def record_step(
             return losses(image, label)
 
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    stream = torch.cuda.current_stream()
     try:
         # Random numbers drawn here must not change those of the real steps.
         with torch.random.fork_rng([image.device]), torch.autocast("cuda", enabled=False):
@@ -145,6 +147,7 @@ def record_step(
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
     finally:
+        torch.cuda.set_stream(stream)  # a recording that failed may have left another one
         for name, buffer in network.named_buffers():
             buffer.copy_(buffers[name])
     _forget_gradients(list(network.parameters()))

@@ -89,9 +89,13 @@ def limit_threads() -> None:
 
 
 def free_memory_of(device: torch.device) -> int:
-    """Free bytes of a GPU's memory, or of the host's memory for a CPU."""
+    """Free bytes of a GPU's memory, or of the host's memory for a CPU.
+
+    Memory that PyTorch keeps for its next tensors counts as free.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return free_memory()
 
 

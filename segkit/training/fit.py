@@ -1,5 +1,6 @@
 """Training of a new run from its parts; `resume` continues a run that was stopped."""
 
+import gc
 import logging
 import math
 import shutil
@@ -12,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
@@ -33,7 +35,7 @@ from segkit.system.progress import Track, untracked
 from segkit.training.cascade import first_stage_of
 from segkit.training.final_scores import scored_model, scores_of_run
 from segkit.training.kept_split import split_content
-from segkit.training.lightning_private import is_first_process
+from segkit.training.lightning_private import forget_data, is_first_process
 from segkit.training.make_module import deadline_callbacks, make_budget, make_data, make_module
 from segkit.training.module import SegmentationModule
 from segkit.training.overfitting import fall_of_score
@@ -228,6 +230,7 @@ def trained(
             module, datamodule=make_data(parts, config), ckpt_path=checkpoint, weights_only=True
         )
     seconds = time.perf_counter() - started
+    _free_memory_of_steps(module, trainer)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Averaging):
             callback.keep_average(module)
@@ -294,6 +297,15 @@ def _as_before(folder: Path, description: ModelDescription) -> ModelDescription:
     return description.model_copy(
         update={"temperature": former.temperature, "postprocessing": former.postprocessing}
     )
+
+
+def _free_memory_of_steps(module: SegmentationModule, trainer: L.Trainer) -> None:
+    """Free the memory that only training steps need, for the final scores and for later runs."""
+    module.graphed = None
+    forget_data(trainer)
+    if trainer.strategy.root_device.type == "cuda":
+        gc.collect()  # module and trainer refer to each other
+        torch.cuda.empty_cache()
 
 
 def _keep_best(config: Config, best: ModelCheckpoint, network: SegmentationNetwork) -> int | None:

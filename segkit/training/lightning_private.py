@@ -68,6 +68,12 @@ def skip_validation(trainer: L.Trainer) -> None:
     trainer.fit_loop.epoch_loop._skip_next_val = True
 
 
+def forget_data(trainer: L.Trainer) -> None:
+    """Let go of the batches' source after a training; cases may be in a GPU's memory."""
+    trainer.fit_loop._combined_loader = None
+    trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
+
+
 def validation_is_interrupted(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint was written in the middle of a validation."""
     counts = checkpoint["loops"]["fit_loop"][_VALIDATION]["current"]

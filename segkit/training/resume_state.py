@@ -106,6 +106,8 @@ class ResumeState(Callback):
                 if self.finished:
                     state["wait_count"] = 0
         begin_epoch_at(checkpoint, self.every, trainer.accumulate_grad_batches)
+        # Lightning moves the weights later, but settings of the computation depend on the device.
+        pl_module.to(trainer.strategy.root_device)
         made: Any = pl_module.configure_optimizers()
         _remake(checkpoint, made[0][0], made[1][0]["scheduler"], anew=self.anew)
 

@@ -48,3 +48,12 @@ def test_half_precision_pays_only_with_matrix_units(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert bfloat16_is_fast() == capabilities.get("amx_bf16", False)
+
+
+def test_memory_that_pytorch_keeps_for_its_next_tensors_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3_000, 80_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 15_000)
+    assert machine.free_memory_of(torch.device("cuda")) == 8_000

@@ -47,6 +47,8 @@ def trainer(**changes: object) -> L.Trainer:
 
 
 TOUCHED = [
+    (trainer, "fit_loop._combined_loader"),
+    (trainer, "fit_loop.epoch_loop.val_loop._combined_loader"),
     (trainer, "fit_loop.epoch_loop._batches_that_stepped"),
     (trainer, "fit_loop.epoch_loop._skip_next_val"),
     (trainer, "fit_loop.epoch_loop.max_steps"),

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -27,6 +29,7 @@ from segkit.training.changed_settings import APPLIED, REFUSED, is_one_of
 from segkit.training.fit import train
 from segkit.training.parts import prepare
 from segkit.training.resume import resume
+from segkit.training.resume_state import ResumeState
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
 
@@ -42,6 +45,33 @@ def stopped(folder: Path, after: int = 5, **sections: Any) -> Path:
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stopped(tmp_path_factory.mktemp("kept"))
+
+
+def test_the_optimiser_of_a_resumed_run_is_made_on_its_device() -> None:
+    """On a GPU, one kernel updates all weights; Lightning moves the weights there only later."""
+    found: list[torch.device] = []
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+        def configure_optimizers(self) -> Any:
+            found.append(self.weight.device)
+            raise StoppedError
+
+    trainer: Any = SimpleNamespace(
+        callbacks=[],
+        accumulate_grad_batches=1,
+        strategy=SimpleNamespace(root_device=torch.device("meta")),
+    )
+    state = ResumeState({}, every=1, anew=False, patience=None, finished=False)
+    with (
+        mock.patch("segkit.training.resume_state.begin_epoch_at"),
+        pytest.raises(StoppedError),
+    ):
+        state.on_load_checkpoint(trainer, Module(), {})
+    assert found == [torch.device("meta")]
 
 
 class NamesOfCases(Callback):

@@ -1,4 +1,4 @@
-"""Continue in host memory if GPU memory runs out, so that large scans can still be predicted."""
+"""Continue with less GPU memory, or in host memory, if GPU memory runs out."""
 
 import logging
 from collections.abc import Callable, Collection, Sequence
@@ -55,6 +55,32 @@ class MemoryFallbackEngine:
             self.engine = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+class OneWindowEngine:
+    """An engine that computes windows one by one after memory ran out for several."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.one_by_one = False
+
+    def __call__(
+        self, windows: Float[Tensor, "batch channel x y z"], keys: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Logits of the windows, and the maps of these keys."""
+        if not self.one_by_one:
+            try:
+                return self.engine(windows, keys)
+            except torch.OutOfMemoryError:
+                pass  # when this block ends, the memory of the failed call is free
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.one_by_one = len(windows) > 1
+        each = [
+            {key: output.clone() for key, output in self.engine(window, keys).items()}
+            for window in windows.split(1)
+        ]
+        return {key: torch.cat([outputs[key] for outputs in each]) for key in each[0]}
 
 
 class RowCombiner:

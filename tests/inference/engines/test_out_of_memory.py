@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segkit.geometry.grid import Grid
 from segkit.inference import windows
-from segkit.inference.engines.out_of_memory import MemoryFallbackEngine
+from segkit.inference.engines.out_of_memory import MemoryFallbackEngine, OneWindowEngine
 from segkit.inference.engines.torch_eager import TorchEngine
 from segkit.inference.predictor import Predictor
 from segkit.inference.windows import WindowLayout, slide
@@ -38,6 +38,24 @@ def test_out_of_memory_moves_first_the_sums_and_then_the_network_to_the_host(
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "sums over windows are kept in host memory" in caplog.messages[0]
     assert "the network runs on the CPU" in caplog.messages[1]
+
+
+def test_windows_of_a_validation_are_computed_one_by_one_after_memory_ran_out() -> None:
+    model, batch = model_of({"skip": "additive_grid"}, 3), windows_of(3)
+    eager = TorchEngine(model.network, device=CPU)
+    keys = keys_of(model)
+    planted = Planted(eager, failing=(2,))
+    engine = OneWindowEngine(planted)
+    calls = []
+    for _ in range(3):
+        found = engine(batch, keys)
+        for key, values in eager(batch, keys).items():
+            torch.testing.assert_close(found[key], values)
+        calls.append(planted.calls)
+    assert len(batch) == 3 and calls == [1, 5, 8]
+    # One window does not fit: there is no smaller batch.
+    with pytest.raises(torch.OutOfMemoryError):
+        OneWindowEngine(Planted(eager, failing=(1, 2)))(batch[:1], keys)
 
 
 def test_another_error_of_the_device_does_not_count_as_out_of_memory() -> None:
