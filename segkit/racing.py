@@ -12,7 +12,7 @@ do not influence the choice.
 import math
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from segkit.system.only_errors import only_errors
 from segkit.system.progress import Track, untracked
 from segkit.training.final_scores import score
 from segkit.training.fit import train
+from segkit.training.parts import prepare
 
 SHARE = 0.15
 """Planning and a race take at most this share of the minutes."""
@@ -82,6 +83,7 @@ def plan_by_race(
     held_out: Sequence[str] | None = None,
     settings: Sequence[str] = (),
     track: Track = untracked,
+    began: float | None = None,
 ) -> Planned:
     """The best of two to four plans, chosen by a race. The text has the results as comments.
 
@@ -94,11 +96,11 @@ def plan_by_race(
         settings: KEY=VALUE settings that will change the plan. Of these, only `train.seed` matters
             here, which draws the split: the race does not use the cases that will be held out.
     """
-    runs, began = Path(runs), time.monotonic()
+    runs, started = Path(runs), time.monotonic() if began is None else began
     on_cpu = _no_card(device)
 
     def left() -> float:
-        return SHARE * 60 * minutes - (time.monotonic() - began)
+        return SHARE * 60 * minutes - (time.monotonic() - started)
 
     def in_time(names: list[str]) -> list[str]:
         if not on_cpu:
@@ -119,11 +121,17 @@ def plan_by_race(
         runs=runs,
         track=track,
         starters=in_time,
+        began=began,
+        seconds_of_race=SHARE * 60 * minutes,
     )
     by_rule = next(iter(candidates))
     if len(candidates) < 2:  # such as nnU-Net's own schedule, which has no time
         return candidates[by_rule]
-    needed = {name: shortest_training(planned.config) for name, planned in candidates.items()}
+    share = 1.0 if began is None else 1.0 - SHARE
+    configs = {
+        name: _for_all_minutes(planned.config, share) for name, planned in candidates.items()
+    }
+    needed = {name: shortest_training(config) for name, config in configs.items()}
     names = affordable_candidates(needed, left())
     if len(names) < 2:
         return candidates[by_rule]
@@ -138,8 +146,13 @@ def plan_by_race(
     cases = _cases_of(dataset, config, foreground)
     if cases is None:
         return candidates[by_rule]
+    configs = {name: configs[name] for name in names}
+    configs = prepared_for_race(configs, dataset, cases[0], left=left, cache=cache, track=track)
+    names = affordable_candidates({name: needed[name] for name in configs}, left())
+    if len(names) < 2:
+        return candidates[by_rule]
     rounds = _raced(
-        {name: candidates[name].config for name in names},
+        {name: configs[name] for name in names},
         dataset,
         cases,
         seconds=left(),
@@ -170,6 +183,12 @@ def affordable_candidates(needed: Mapping[str, float], seconds: float) -> list[s
             break
         names.remove(max(reversed(names[1:]), key=lambda name: needed[name]))
     return names
+
+
+def _for_all_minutes(config: Config, share: float) -> Config:
+    """The config with the steps of all its minutes, if it has those of a share of them."""
+    steps = round(config.train.steps / share)
+    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
 
 
 def shortest_training(config: Config) -> float:
@@ -218,6 +237,43 @@ def _cases_of(
     return trained[:TRAINED], scored[:SCORED]
 
 
+def prepared_for_race(
+    configs: Mapping[str, Config],
+    dataset: Dataset,
+    cases: Sequence[CaseFiles],
+    *,
+    left: Callable[[], float],
+    cache: Path,
+    track: Track,
+) -> dict[str, Config]:
+    """The configs of the candidates whose training cases could be prepared in time.
+
+    Cases are prepared before any candidate trains, because candidates on the same grid share them:
+    otherwise the first would lose time that the others do not. All have the intensity window that
+    was measured for the first.
+
+    Args:
+        configs: the config of each candidate, by name; the first is the plan of the rules.
+        dataset: the dataset.
+        cases: the cases that the race trains on.
+        left: a function that returns the seconds that are left for the race.
+        cache: the folder of prepared cases.
+        track: shows the progress over cases.
+    """
+    ready: dict[str, Config] = {}
+    data: dict[str, Any] = {}
+    for name, config in configs.items():
+        if left() <= 0:
+            break
+        config = config.model_copy(update={"data": config.data.model_copy(update=data)})
+        short = shortened_for_race(config, SHORTEST, cache)
+        with only_errors("segkit.training"), only_errors("segkit.data.split"):
+            parts = prepare(short, dataset=replace(dataset, cases=tuple(cases)), track=track)
+        data = {"normalisation": parts.config.data.normalisation}
+        ready[name] = config.model_copy(update={"data": config.data.model_copy(update=data)})
+    return ready
+
+
 def _raced(
     configs: Mapping[str, Config],
     dataset: Dataset,
@@ -229,9 +285,8 @@ def _raced(
 ) -> list[list[Entry]]:
     """The rounds of a race that takes about `seconds`; a round without time is left out.
 
-    The time includes preparing and scoring. If these take so long that the time is over before the
-    last candidate of a round has begun, this round does not count. Prepared cases remain in the
-    cache for the run.
+    The time includes scoring. If this takes so long that the time is over before the last candidate
+    of a round has begun, this round does not count.
 
     Args:
         configs: the config of each candidate, by name; the first is the plan of the rules.

@@ -27,6 +27,8 @@ from segkit.racing import (
     shortest_trainings,
     table,
 )
+from segkit.system.progress import untracked
+from segkit.training.parts import prepare
 from tests.small import small_config, small_dataset
 
 
@@ -279,6 +281,37 @@ def test_a_race_begins_no_candidate_once_its_time_is_over(
         configs, empty, ((), ()), seconds=35.0, cache=tmp_path, track=lambda items, *_: items
     )
     assert names[:3] == ["rule", "2D", "coarser"][:trained] and bool(rounds) == (trained == 3)
+
+
+def test_cases_are_prepared_before_the_first_candidate_trains(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The channel is named CT, so the first candidate measures a window, and all others use it."""
+    (dataset / "dataset.json").write_text(
+        (dataset / "dataset.json").read_text().replace("MRI", "CT")
+    )
+    candidates = plan_candidates(dataset, cache=tmp_path / "c", device="cpu")
+    known = read_dataset(dataset)
+    configs = {name: planned.config for name, planned in candidates.items()}
+    cases = racing._cases_of(known, configs["3D"], names_of(known))
+    assert cases is not None
+
+    def ready(left: float) -> dict[str, Any]:
+        return racing.prepared_for_race(
+            configs, known, cases[0], left=lambda: left, cache=tmp_path / "p", track=untracked
+        )
+
+    assert ready(0.0) == {}
+    found = ready(10.0)
+    assert list(found) == list(configs)
+    (window,) = found["3D"].data.normalisation
+    assert window.kind == "ct" and window.mean is not None
+    assert all(config.data.normalisation == [window] for config in found.values())
+    prepared = sorted((tmp_path / "p").glob("case_*"))
+    assert len(prepared) >= len(cases[0])
+    short = shortened_for_race(found["2D"], 1.0, tmp_path / "p")
+    assert len(prepare(short, dataset=replace(known, cases=tuple(cases[0]))).cases) == len(cases[0])
+    assert sorted((tmp_path / "p").glob("case_*")) == prepared
 
 
 def test_a_schedule_without_a_time_is_not_raced(dataset: Path, tmp_path: Path) -> None:

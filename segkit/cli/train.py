@@ -116,14 +116,16 @@ def train_command(
         assert resume is not None
         result = _resumed(resume, wanted, overrides or [])
     else:
+        minutes, overrides = minutes_to_plan(config, minutes, overrides or [])
         settings, low = _settings(
             config,
-            overrides or [],
+            overrides,
             runs,
-            minutes or MINUTES,
-            race=not no_race and not wanted and _are_for_time(overrides or []),
+            minutes,
+            race=not no_race and not wanted and _are_for_time(overrides),
+            began=None if wanted else started,
         )
-        _warn_of_unused(overrides or [], settings)
+        _warn_of_unused(overrides, settings)
         _say_picture_facts(settings)
         if dry_run:
             return _dry_run(settings, low, wanted)
@@ -138,6 +140,35 @@ def train_command(
         say_json({"folder": str(result.folder), **result.summary})
 
 
+def minutes_to_plan(
+    config: Path, minutes: float | None, overrides: Sequence[str]
+) -> tuple[float, list[str]]:
+    """The minutes to plan a dataset for, and the other settings.
+
+    For a dataset, `train.minutes=5` means `--minutes 5`: two planned stages share the minutes. With
+    `train.steps`, it only limits the training.
+    """
+    given = [word for word in overrides if word.startswith("train.minutes=")]
+    number = _positive(given[-1].partition("=")[2]) if given else None
+    if number is None or not _are_for_time(overrides) or dataset_in(config, overrides) is None:
+        return minutes or MINUTES, list(overrides)
+    if minutes is not None:
+        raise ConfigError(
+            f"--minutes: expected one number of minutes, found {minutes:g} and {given[-1]}; leave "
+            f"out one of them"
+        )
+    return number, [word for word in overrides if word not in given]
+
+
+def _positive(text: str) -> float | None:
+    """The number above 0 that a text gives; None for any other text."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if 0 < number < math.inf else None
+
+
 def _warn_of_unused(overrides: Sequence[str], settings: "Config") -> None:
     from segkit.training.unused_settings import told_of_unused
 
@@ -146,9 +177,24 @@ def _warn_of_unused(overrides: Sequence[str], settings: "Config") -> None:
 
 
 def _settings(
-    config: Path, overrides: Sequence[str], runs: Path, minutes: float, *, race: bool
+    config: Path,
+    overrides: Sequence[str],
+    runs: Path,
+    minutes: float,
+    *,
+    race: bool,
+    began: float | None,
 ) -> tuple["Config", "Config | None"]:
-    """The config to train, and that of the first stage if a dataset is planned in two stages."""
+    """The config to train, and that of the first stage if a dataset is planned in two stages.
+
+    Args:
+        config: the config or the dataset.
+        overrides: settings.
+        runs: the folder of runs.
+        minutes: the minutes to plan a dataset for.
+        race: whether several plans are tried.
+        began: when the minutes began; None if they begin with training.
+    """
     from segkit.config.load import changed, load_config
 
     dataset = dataset_in(config, overrides)
@@ -170,6 +216,7 @@ def _settings(
         minutes=minutes,
         runs=runs,
         track=Tracker(console),
+        began=began,
     )
     settings, low = changed(planned.config, overrides), None
     if planned.low and settings.data.first_stage == planned.config.data.first_stage:

@@ -167,6 +167,15 @@ class ModelDescription(Section):
         return x, y, z
 
     @property
+    def volume_stride(self) -> tuple[int, int, int]:
+        """The network's total stride in voxels of a volume. Across slices it is 1."""
+        stride = list(self.network.total_stride)
+        if self.axis_across is not None:
+            stride.insert(self.axis_across, 1)
+        x, y, z = stride
+        return x, y, z
+
+    @property
     def channels_in(self) -> int:
         """Number of channels of the network's input; the labels of a first stage add one."""
         return len(self.channels) + (self.first_stage is not None)

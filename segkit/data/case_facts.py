@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter
 
+from segkit.data.case_processes import reading_processes
 from segkit.data.dataset import CaseFiles, Dataset, read_case, read_case_label
 from segkit.data.label_numbers import other_numbers
 from segkit.errors import DatasetError, Problems, SegkitError
@@ -27,14 +28,11 @@ from segkit.io.picture_rules import PictureFacts
 from segkit.io.safe_text import read_json
 from segkit.io.whole_numbers import noting_rounded_labels
 from segkit.system.progress import Track, untracked
-from segkit.system.resources import num_cores
 from segkit.system.workers import in_processes
 
 logger = logging.getLogger(__name__)
 
 FACTS_FORMAT = 2
-CASES_PER_PROCESS = 300
-"""About so many small cases are read in the time that another process needs to start."""
 SECONDS_BEFORE_STORING = 10.0
 """Facts are stored each time that so many seconds have passed; a quick check leaves no file."""
 
@@ -92,7 +90,7 @@ def facts_of_cases(
     store = _Store(place, keys)
     pending = [case for case in dataset.cases if keys[case.name] not in store.known]
     examine = partial(_examined, dataset=replace(dataset, cases=()))
-    workers = min(num_cores(), len(pending) // CASES_PER_PROCESS)
+    workers = reading_processes(pending, dataset)
     if store.known and (before := len(dataset.cases) - len(pending)):
         logger.info("%d cases were checked before and have not changed", before)
     fresh = iter(track(in_processes(examine, pending, workers), "reading", len(pending)))

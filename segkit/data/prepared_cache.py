@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 from numpy import ndarray
 
+from segkit.data.case_processes import worthwhile_processes
 from segkit.data.dataset import CaseFiles, Dataset, grid_of_case, read_case
 from segkit.data.first_stage_labels import with_labels
 from segkit.data.normalise import Normaliser
@@ -35,7 +36,6 @@ from segkit.io.atomic import PARTIAL, naming, remove_leftovers
 from segkit.io.checksums import file_states
 from segkit.io.volume import read_volume
 from segkit.io.volume_names import is_picture
-from segkit.system.memory import free_memory
 from segkit.system.resources import num_cores
 from segkit.system.workers import attempted, in_processes
 
@@ -159,7 +159,7 @@ def store_cases(
             pass
         return tuple(stored)
     if num_processes is None:
-        num_processes = _processes(
+        num_processes = preparing_processes(
             [case for case, *_ in pending], dataset, spacing, len(normalisers)
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -273,10 +273,17 @@ def _as_stored(
         yield case
 
 
-def _processes(
+def preparing_processes(
     cases: Sequence[CaseFiles], dataset: Dataset, spacing: Sequence[float], num_channels: int
 ) -> int:
-    """The number of processes that fit into memory and save more time than they need to start."""
+    """The number of processes in which these cases are prepared fastest.
+
+    Args:
+        cases: cases of the dataset.
+        dataset: the dataset.
+        spacing: target spacing in mm along x, y and z.
+        num_channels: number of channels of an image.
+    """
     if len(cases) < 2 or num_cores() < 2:
         return 1
     sizes = []
@@ -285,9 +292,7 @@ def _processes(
         turned = Orientation.of(grid.affine).turn_grid(grid)
         prepared = turned.with_spacing(spacing_for(turned, spacing))
         sizes.append(num_channels * max(math.prod(grid.shape), math.prod(prepared.shape)))
-    worth = sum(sizes) // VOXELS_PER_PROCESS
-    bearable = free_memory() // (max(sizes) * BYTES_PER_VOXEL)
-    return max(min(num_cores(), worth, bearable), 1)
+    return worthwhile_processes(sizes, VOXELS_PER_PROCESS, BYTES_PER_VOXEL)
 
 
 def _store(

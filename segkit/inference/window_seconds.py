@@ -8,24 +8,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segkit.inference.windows import window_starts
+
 TRIES = 3
+OVERLAP = 0.5
+"""The share of a window that neighbours have in common, as predictions have it by default."""
 MOST_FOR_SCORING, MOST_FOR_ONE_CASE = 0.25, 0.5
 """The final scores take at most the first share of a timed run, and fewer cases are scored if
 necessary. If a single case takes longer, it may take the second share."""
 
 
-def num_windows(size: Sequence[int], patch_size: Sequence[int]) -> int:
+def num_windows(size: Sequence[int], patch_size: Sequence[int], stride: Sequence[int]) -> int:
     """Number of windows of an image, if neighbours overlap by half. Single slices do not overlap.
+
+    Neighbours overlap by more if half a window is no multiple of the network's stride.
 
     Args:
         size: size of the image in voxels.
         patch_size: size of a window; 1 along the axis of the slices that a 2D network sees.
+        stride: the network's total stride along each axis; windows start at multiples of it.
     """
-    counts = (
-        n if p == 1 else max(math.ceil(2 * n / p) - 1, 1)
-        for n, p in zip(size, patch_size, strict=True)
+    return math.prod(
+        len(window_starts(n, p, 0.0 if p == 1 else OVERLAP, s))
+        for n, p, s in zip(size, patch_size, stride, strict=True)
     )
-    return math.prod(counts)
 
 
 def seconds_to_score(total: float, held_out: int, per_case: float, before: float = 0.0) -> float:

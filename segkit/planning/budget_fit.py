@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from segkit.errors import counted
@@ -139,13 +141,11 @@ def fit_time(
         num_levels = len(candidate.kernels)
         return rules.widths(num_levels, spatial_dims=len(setting.spacing), start=width)
 
-    batches = range(start.batch_size, rules.SMALLEST_BATCH, -1)
-    affordable = (
-        size
-        for size in batches
-        if cost(start.topology, start.channels, size) <= total / steps.for_batch
+    sizes = range(rules.SMALLEST_BATCH, start.batch_size + 1)
+    affordable = bisect_right(
+        sizes, total / steps.for_batch, key=partial(cost, start.topology, start.channels)
     )
-    batch = next(affordable, rules.SMALLEST_BATCH)
+    batch = sizes[max(affordable - 1, 0)]
     *wider, narrowest = rules.START_WIDTHS
     smaller = rules.shrinking(_without_tubes(setting), start.topology)
     candidates = itertools.chain(

@@ -35,6 +35,8 @@ def plan_candidates(
     runs: Path = Path("runs"),
     track: Track = untracked,
     starters: Callable[[list[str]], list[str]] = list,
+    began: float | None = None,
+    seconds_of_race: float = 0.0,
 ) -> dict[str, Planned]:
     """Candidate plans by name, for a race; the first is the plan of `plan_dataset`.
 
@@ -45,6 +47,7 @@ def plan_candidates(
     Args:
         starters: chooses, from the names of all candidates, those that are planned in full, which
             takes seconds for each.
+        seconds_of_race: seconds from `began` to the end of a race, if several may start.
     """
     task = planning_task(
         source_of(folder, files, pictures),
@@ -56,6 +59,7 @@ def plan_candidates(
         preset=preset,
         runs=runs,
         track=track,
+        began=began,
     )
     wanted = {f"{task.spatial_dims}D": task}
     if task.timed:
@@ -67,12 +71,18 @@ def plan_candidates(
             wanted["3D, coarser"] = replace(task, spatial_dims=3, coarse=True, why_slices="")
         narrow = replace(PLANNED_STEPS, per_channel=MORE_STEPS * PLANNED_STEPS.per_channel)
         wanted[f"{task.spatial_dims}D, narrower"] = replace(task, steps=narrow)
+    if began is not None and len(starters(list(wanted))) > 1:
+        spent = max(task.spent, seconds_of_race)
+        wanted = {name: replace(each, spent=spent) for name, each in wanted.items()}
     plans: dict[str, Plan] = {}
     for name, each in wanted.items():
         plan = each.plan()
         if all(_differ(plan, other) for other in plans.values()):
             plans[name] = plan
-    planned = {name: planned_task(wanted[name]) for name in starters(list(plans))}
+    names = starters(list(plans))
+    if len(names) < 2:
+        wanted = {name: replace(each, spent=task.spent) for name, each in wanted.items()}
+    planned = {name: planned_task(wanted[name]) for name in names}
     warn_if_busy(task)
     return planned
 

@@ -24,6 +24,7 @@ from jaxtyping import Float, Shaped
 from numpy import ndarray
 from pydantic import Field, TypeAdapter
 
+from segkit.data.case_processes import reading_processes
 from segkit.data.dataset import CaseFiles, Dataset, check_headers, read_case
 from segkit.data.preprocess import body_box
 from segkit.errors import DatasetError, Problems, SegkitError
@@ -108,7 +109,7 @@ def fingerprint(
     dataset: Dataset,
     *,
     cache: Path,
-    workers: int,
+    workers: int | None = None,
     track: Track = untracked,
 ) -> Fingerprint:
     """Measure each case that is not in the cache yet, and combine all measurements.
@@ -116,7 +117,7 @@ def fingerprint(
     Args:
         dataset: the dataset to measure.
         cache: the folder with the measurements.
-        workers: number of processes; 0 or 1 means this process only.
+        workers: number of processes. Default: as many as cores, memory and work allow.
         track: shows the progress over cases.
 
     Raises:
@@ -127,6 +128,8 @@ def fingerprint(
     pending = [case for case in dataset.cases if not paths[case.name].is_file()]
     measure = partial(_measured, dataset=replace(dataset, cases=()), cache=cache)
     check_headers(pending, dataset, track)
+    if workers is None:
+        workers = reading_processes(pending, dataset)
     fresh = in_processes(partial(attempted, measure), pending, min(workers, len(pending)))
     new: dict[str, Measurement] = {}
     problems = Problems()

@@ -38,6 +38,7 @@ from segkit.planning.planning_task import (
     source_of,
     warn_if_busy,
 )
+from segkit.planning.preparing_seconds import seconds_to_prepare
 from segkit.planning.schedule import Schedule, schedule_within
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import precision_of
@@ -80,6 +81,7 @@ def plan_dataset(
     preset: Preset = "auto",
     runs: str | Path = "runs",
     track: Track = untracked,
+    began: float | None = None,
 ) -> Planned:
     """Measure a dataset and plan its training, in two stages if images are large.
 
@@ -98,6 +100,8 @@ def plan_dataset(
         preset: 'auto', or 'nnunet' for nnU-Net's own plan and schedule on every device.
         runs: the folder of runs, in which a second stage will find the first.
         track: shows the progress over cases.
+        began: when the minutes began, by `time.monotonic`, if they include planning. By default
+            they begin with training.
 
     Returns:
         The config, its text and its reasons. If there are two stages, this is the second stage, and
@@ -125,6 +129,7 @@ def plan_dataset(
         preset=preset,
         runs=Path(runs),
         track=track,
+        began=began,
     )
     planned = planned_task(task)
     warn_if_busy(task)
@@ -254,6 +259,8 @@ def _schedule(
         seconds_per_step=per_step,
         seconds_per_case=_seconds_of_case(task, plan, config, description),
         held_out=held_out,
+        spent=task.spent,
+        preparing=seconds_to_prepare(task, description) if task.timed else 0.0,
         labelling=labelling,
         precision=precision_of(task.device) if task.timed else torch.bfloat16,
         place=place,
@@ -270,7 +277,8 @@ def _seconds_of_case(
         window = _estimated(plan, description)[1]
     numbers = task.fingerprint.numbers()
     sizes = rules.resampled_shapes(numbers.spacings, numbers.shapes, plan.spacing)
-    windows = [num_windows(size, description.volume_patch) for size in sizes]
+    patch, stride = description.volume_patch, description.volume_stride
+    windows = [num_windows(size, patch, stride) for size in sizes]
     return window * sum(windows) / len(windows)
 
 

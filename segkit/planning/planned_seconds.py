@@ -16,6 +16,7 @@ from segkit.nn.normalisation import order_for
 from segkit.planning.planning_task import PlanningTask
 from segkit.planning.speed import CPU, step_seconds
 from segkit.system.core_share import CoreShare
+from segkit.system.resources import precision_of
 
 STEP_OF = ("channels", "labels", "regions", "network", "slices", "patch_size", "first_stage")
 """Parts of a description that, with the batch size, decide how long a step takes."""
@@ -43,7 +44,8 @@ def measured_window(task: PlanningTask, config: Config, description: ModelDescri
     Raises:
         TrainingError: the GPU's memory is too small for it.
     """
-    about = {"what": "window", **_about(config, description)}
+    precision = str(precision_of(task.device)).removeprefix("torch.")
+    about = {"what": "window", "precision": precision, **_about(config, description)}
     return _measured(task, about, partial(seconds_of_windows, description, task.device))
 
 
@@ -69,11 +71,12 @@ def _measured(task: PlanningTask, about: dict[str, Any], measure: Callable[[], f
 
 def seconds_of_windows(description: ModelDescription, device: torch.device) -> float:
     """Seconds for a window in a validation, which runs two at once; on a CPU, on free cores."""
-    network = build_network(description).to(device)
+    network, half = build_network(description).to(device), precision_of(device)
     order_for(network, device)
     windows = torch.zeros(2, description.channels_in, *description.volume_patch, device=device)
     watch = CoreShare()
-    seconds = seconds_of_window(network, windows)
+    with torch.autocast(device.type, dtype=half, enabled=device.type == "cuda"):
+        seconds = seconds_of_window(network, windows)
     return seconds * watch.share() if device.type == "cpu" else seconds
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 
 from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.pictures import PicturesConfig
-from segkit.data.case_facts import CASES_PER_PROCESS
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
 from segkit.errors import ConfigError, counted, printable
 from segkit.planning.budget_fit import Steps
@@ -27,7 +27,7 @@ from segkit.planning.plan import (
 from segkit.planning.schedule import MOST_VALIDATIONS, Schedule
 from segkit.planning.speed import Figures, multiply_adds_per_second
 from segkit.system.progress import Track
-from segkit.system.resources import choose_device, free_memory_of, limit_threads, num_cores
+from segkit.system.resources import choose_device, free_memory_of, limit_threads
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +63,17 @@ class PlanningTask:
     runs: Path
     """The folder in which a second stage will find the run of the first."""
     steps: Steps = PLANNED_STEPS
+    spent: float = 0.0
+    """Seconds of the minutes that are over when training begins, because they began earlier."""
     coarse: bool = False
     """Whether the plan uses a coarser grid, at which a patch covers enough of an image."""
     why_slices: str = ""
     """Why volumes are planned in slices, if nobody asked for that."""
+
+    @property
+    def minutes_left(self) -> float:
+        """The minutes that are left when training begins; a plan counts on half of all at least."""
+        return max(self.minutes - self.spent / 60, self.minutes / 2)
 
     def draft(self) -> Schedule:
         """nnU-Net's own schedule, or a provisional one until steps are timed."""
@@ -88,7 +95,7 @@ class PlanningTask:
         if self.coarse:
             coarse = coarse_plan_for_time(
                 numbers,
-                minutes=self.minutes,
+                minutes=self.minutes_left,
                 steps=self.steps,
                 multiply_adds_per_second=speed,
                 gigabytes=self.gigabytes,
@@ -99,7 +106,7 @@ class PlanningTask:
         return plan_for_time(
             numbers,
             spatial_dims=self.spatial_dims,
-            minutes=self.minutes,
+            minutes=self.minutes_left,
             steps=self.steps,
             multiply_adds_per_second=speed,
             gigabytes=self.gigabytes,
@@ -111,7 +118,7 @@ class PlanningTask:
         plan = self.plan()
         if self.own_schedule or plan.low_resolution is None:
             return self, plan
-        half = replace(self, minutes=self.minutes / 2)
+        half = replace(self, minutes=self.minutes / 2, spent=self.spent / 2)
         return half, half.plan()
 
 
@@ -143,19 +150,19 @@ def planning_task(
     preset: Preset,
     runs: Path,
     track: Track,
+    began: float | None = None,
 ) -> PlanningTask:
     """Measure the dataset and find out the budget. The arguments are those of `plan_dataset`."""
     _check(spatial_dims, gigabytes, minutes, preset)
     limit_threads()
     dataset = dataset_of(source)
-    workers = min(num_cores(), len(dataset.cases) // CASES_PER_PROCESS)
     chosen, own_schedule = choose_device(device), preset == "nnunet"
     on_cpu = chosen.type == "cpu"
     present = on_cpu or torch.cuda.is_available()
     if gigabytes is None:
         free = free_memory_of(chosen) if present and not on_cpu else DEFAULT_MEMORY
         gigabytes = round(free / 1e9, 1)
-    measured = fingerprint(dataset, cache=cache, workers=workers, track=track)
+    measured = fingerprint(dataset, cache=cache, track=track)
     labelled = {number for case in measured.cases for number in case.classes}
     if warning := unlabelled(dataset, labelled, f"the {counted(len(dataset.cases), 'case')}"):
         logger.warning("%s", printable(warning))
@@ -172,6 +179,7 @@ def planning_task(
         minutes=minutes,
         figures=Figures(cache / SPEED),
         runs=runs,
+        spent=0.0 if began is None else time.monotonic() - began,
     )
     return task if spatial_dims else _in_slices_if_time_is_short(task)
 

@@ -34,6 +34,8 @@ def schedule_within(
     seconds_per_step: float,
     seconds_per_case: float,
     held_out: int,
+    spent: float = 0.0,
+    preparing: float = 0.0,
     labelling: float = 0.0,
     precision: torch.dtype = torch.float32,
     place: str = "here",
@@ -45,6 +47,9 @@ def schedule_within(
         seconds_per_step: time of a training step.
         seconds_per_case: time of a case in validations and in the final scores.
         held_out: number of held-out cases.
+        spent: seconds that are over when the training begins.
+        preparing: seconds in which the cases are prepared, if they are many or large. At least a
+            twentieth of the time is for preparing.
         labelling: seconds in which a first stage labels all cases; 0 without a first stage.
         precision: precision of the training.
         place: the machine that trains, in words.
@@ -53,11 +58,13 @@ def schedule_within(
     count, cases = _validations(SHARE_OF_VALIDATION * total, seconds_per_case, held_out)
     validating = count * cases * seconds_per_case
     scoring = seconds_to_score(total, held_out, seconds_per_case)
-    preparing = SHARE_OF_PREPARING * total + labelling
-    steps = max(int((total - validating - scoring - preparing) / seconds_per_step), LEAST_STEPS)
+    preparing = max(SHARE_OF_PREPARING * total, preparing) + labelling
+    rest = total - spent - preparing - validating - scoring
+    steps = max(int(rest / seconds_per_step), LEAST_STEPS)
     name = "single precision" if precision == torch.float32 else str(precision).split(".")[-1]
     labels = " and the labels of the first stage" if labelling else ""
-    reserved = [f"{preparing:.0f} s are reserved for preparing{labels}"]
+    reserved = [f"{spent:.0f} s are for planning"] if spent >= 0.5 else []
+    reserved.append(f"{preparing:.0f} s are reserved for preparing{labels}")
     if cases:
         each = f"{counted(count, 'validation')} of {counted(cases, 'case')}"
         reserved.append(f"{validating:.0f} s for {each}")

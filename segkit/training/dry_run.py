@@ -319,7 +319,7 @@ def _seconds_of_case(
             max(round(n * own / wanted), 1)
             for n, own, wanted in zip(grid.shape, grid.spacing, description.spacing, strict=True)
         ]
-        counts.append(num_windows(size, description.volume_patch))
+        counts.append(num_windows(size, description.volume_patch, description.volume_stride))
     return per_window * sum(counts) / len(counts)
 
 

@@ -62,7 +62,7 @@ def deadline_callbacks(parts: TrainingParts, budget: TimeBudget | None) -> list[
     """The callback that ends the training in time; none without a budget."""
     if budget is None:
         return []
-    return [Deadline(budget, parts.validation.cases, parts.description.volume_patch)]
+    return [Deadline(budget, parts.validation.cases, parts.description)]
 
 
 def make_module(

@@ -27,11 +27,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from segkit.config.model import ModelDescription
 from segkit.config.training import LEAST_STEPS
 from segkit.data.prepared_cache import StoredCase
 from segkit.errors import counted
 from segkit.inference.window_seconds import num_windows, seconds_of_window, seconds_to_score
 from segkit.system.core_share import FREE, CoreShare
+from segkit.system.resources import precision_of
 from segkit.training.lightning_private import set_last_step, skip_validation
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,11 @@ class TimeBudget:
     def __post_init__(self) -> None:
         self.started = self.mark = self.clock()
         self.prepared = self.before
-        self.trained = self.share = self.per_case = 0.0
+        self.trained = self.share = 0.0
+        self.per_case = 0.0
+        """Seconds of a held-out case, on average."""
+        self.relative_size = 1.0
+        """Mean size of the cases of a validation, as a share of that of all held-out cases."""
         self.steps = self.advanced = 0
         self.validated_at = 0
         """The step of the last validation, or of the last that was skipped."""
@@ -109,7 +115,7 @@ class TimeBudget:
     @property
     def validation(self) -> float:
         """Seconds of a validation."""
-        return self.validated * self.per_case
+        return self.validated * self.relative_size * self.per_case
 
     @property
     def left(self) -> float:
@@ -197,15 +203,15 @@ class Deadline(Callback):
     Args:
         budget: the time budget of the run.
         cases: the prepared held-out cases.
-        patch_size: size of a window, in voxels.
+        description: the description of the model.
     """
 
     def __init__(
-        self, budget: TimeBudget, cases: Sequence[StoredCase], patch_size: tuple[int, ...]
+        self, budget: TimeBudget, cases: Sequence[StoredCase], description: ModelDescription
     ) -> None:
         self.budget = budget
         self.cases = cases
-        self.patch_size = patch_size
+        self.description = description
         self.validation_started = 0.0
         self.seen = -1
         self.pace_known = False
@@ -221,15 +227,27 @@ class Deadline(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the time of a window, to estimate the time of scoring."""
-        if self.cases and not self.budget.per_case:
-            assert isinstance(pl_module.network, nn.Module)
-            windows = torch.zeros(2, self.cases[0].image.shape[0], *self.patch_size)
-            seconds = seconds_of_window(pl_module.network, windows.to(pl_module.device))
-            counts = [num_windows(case.label.shape, self.patch_size) for case in self.cases[:20]]
-            self.budget.per_case = seconds * sum(counts) / len(counts)
+        if self.cases:
+            patch, stride = self.description.volume_patch, self.description.volume_stride
+            counts = [num_windows(case.label.shape, patch, stride) for case in self.cases]
+            mean = sum(counts) / len(counts)
+            if validated := counts[: self.budget.validated]:
+                self.budget.relative_size = sum(validated) / len(validated) / mean
+            if not self.budget.per_case:
+                seconds = self._seconds_of_window(pl_module)
+                self.budget.per_case = seconds * mean
         set_last_step(trainer, max(self.budget.expected_steps, trainer.global_step + 1))
         self.cores = CoreShare()
         self.budget.resume_clock()
+
+    def _seconds_of_window(self, pl_module: L.LightningModule) -> float:
+        """Seconds of a window in a validation, in the precision that a GPU trains in."""
+        assert isinstance(pl_module.network, nn.Module)
+        device = pl_module.device
+        shape = (2, self.description.channels_in, *self.description.volume_patch)
+        windows, half = torch.zeros(shape, device=device), precision_of(device)
+        with torch.autocast(device.type, dtype=half, enabled=device.type == "cuda"):
+            return seconds_of_window(pl_module.network, windows)
 
     def on_train_batch_end(
         self,
@@ -271,7 +289,8 @@ class Deadline(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Update the time of a case, which estimates later validations and the final scores."""
         seconds = self.budget.clock() - self.validation_started
-        self.budget.per_case = seconds / max(self.budget.validated, 1)
+        cases = max(self.budget.validated, 1) * self.budget.relative_size
+        self.budget.per_case = seconds / cases
         self.budget.validated_at = self.budget.steps
         self.budget.resume_clock()
 
@@ -294,7 +313,7 @@ def slower_than_planned(budget: TimeBudget, share: float = 1.0) -> str:
         return (
             f"a step takes {budget.per_step:.2g} s, about as planned, but all before it took "
             f"{budget.before:.0f} s, the final scores will take {budget.for_scoring:.0f} s and a "
-            f"validation takes {budget.validated * budget.per_case:.0f} s; {end}"
+            f"validation takes {budget.validation:.0f} s; {end}"
         )
     # The load counts the whole machine, also in a container that may use only a part of it.
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]

@@ -37,7 +37,7 @@ def train_two_stages(
     """Train a first stage, then a second stage that receives its labels.
 
     If the first stage took longer than its `train.minutes`, the second has less time, so that both
-    end within their minutes together.
+    end within their minutes together. Time that was used before counts half for each.
 
     Args:
         low: the config of the first stage.
@@ -46,7 +46,7 @@ def train_two_stages(
         tell: receives the first run when it is finished.
         callbacks: Lightning callbacks that are called during both trainings.
         track: shows the progress over cases.
-        spent: seconds of the first stage's `train.minutes` that are used already.
+        spent: seconds of the `train.minutes` of both stages that are used already.
 
     Returns:
         The run of the second stage.
@@ -54,7 +54,8 @@ def train_two_stages(
     Raises:
         SegkitError: a training fails, as `train` describes.
     """
-    first = train_first(low, full, runs=runs, callbacks=callbacks, track=track, spent=spent)
+    full = _shorter(full, spent / 2)
+    first = train_first(low, full, runs=runs, callbacks=callbacks, track=track, spent=spent / 2)
     tell(first)
     return train(
         second_stage_config(full, first.folder),
@@ -63,6 +64,15 @@ def train_two_stages(
         track=track,
         spent=overrun(first.summary),
     )
+
+
+def _shorter(config: Config, seconds: float) -> Config:
+    """The config with so much less time, but half of its time at least."""
+    minutes = config.train.minutes
+    if minutes is None:
+        return config
+    rest = max(minutes - seconds / 60, minutes / 2)
+    return config.model_copy(update={"train": config.train.model_copy(update={"minutes": rest})})
 
 
 def overrun(summary: Mapping[str, Any]) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from segkit.cli.train import dims_of
+from segkit.cli.train import dims_of, minutes_to_plan
 from segkit.config.load import dump_yaml
 from segkit.planning import nnunet_rules, planning_task
 from tests.cli.command import run
@@ -76,6 +76,45 @@ def test_a_cross_validation_is_planned_without_a_race(
     assert code == 0, err
     with pytest.raises(AssertionError):
         run("train", data, "--minutes", "0.1", "--runs", tmp_path / "runs", capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "minutes", "others"),
+    [
+        ([], 20.0, []),
+        (["train.minutes=7.5", "name=a"], 7.5, ["name=a"]),
+        (["train.minutes=null", "train.minutes=.5"], 0.5, []),
+        (["train.minutes=1e1"], 10.0, []),
+        # With a number of steps, they only limit the training.
+        (["train.steps=9", "train.minutes=5"], 20.0, ["train.steps=9", "train.minutes=5"]),
+        # These are no numbers of minutes above 0, and are settings as before.
+        (
+            ["train.minutes=5", "train.minutes=null"],
+            20.0,
+            ["train.minutes=5", "train.minutes=null"],
+        ),
+        (["train.minutes=0"], 20.0, ["train.minutes=0"]),
+        (["train.minutes=1.2.3"], 20.0, ["train.minutes=1.2.3"]),
+    ],
+)
+def test_the_minutes_of_a_dataset_may_be_a_setting(
+    words: list[str], minutes: float, others: list[str], tmp_path: Path
+) -> None:
+    dataset = small_dataset(tmp_path / "data", num_cases=1)
+    assert minutes_to_plan(dataset, None, words) == (minutes, others)
+    config = tmp_path / "c.yaml"
+    config.write_text(f"data: {{folder: {dataset}, patch_size: [8, 8, 8]}}\n")
+    assert minutes_to_plan(config, None, words) == (20.0, words)
+
+
+def test_the_minutes_of_a_dataset_are_given_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = small_dataset(tmp_path / "data", num_cases=1)
+    words = ("train", dataset, "--minutes", "5", "train.minutes=6", "--runs", tmp_path / "runs")
+    code, _, err = run(*words, capsys=capsys)
+    assert code == 2 and "found 5 and train.minutes=6; leave out one of them" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_single_run_cannot_be_resumed_with_folds(

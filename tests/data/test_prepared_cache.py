@@ -12,6 +12,7 @@ from hypothesis import given
 from numpy import ndarray
 from numpy.testing import assert_array_equal
 
+from segkit.data import case_processes
 from segkit.data import prepared_cache as store
 from segkit.data.dataset import CaseFiles, Dataset, read_case
 from segkit.data.normalise import ct_window, zscore
@@ -252,15 +253,16 @@ def test_processes_are_as_many_as_work_cores_and_memory_bear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = three_cases(tmp_path / "data")
-    monkeypatch.setattr(store, "num_cores", lambda: 8)
-    monkeypatch.setattr(store, "free_memory", lambda: 10**12)
+    for module in (store, case_processes):
+        monkeypatch.setattr(module, "num_cores", lambda: 8)
+    monkeypatch.setattr(case_processes, "free_memory", lambda: 10**12)
     # RAS+ voxels of 0.7, 1.3 and 4 mm; at half of that along x, twice as many.
     finer = (0.35, 1.3, 4.0)
     voxels = 2 * 2 * 8 * 5 * (9 + 10 + 11)
     largest = 2 * 2 * 8 * 5 * 11
 
     def processes(spacing: tuple[float, float, float] = finer) -> int:
-        return store._processes(dataset.cases, dataset, spacing, 2)
+        return store.preparing_processes(dataset.cases, dataset, spacing, 2)
 
     assert processes() == 1  # little work: this process
     monkeypatch.setattr(store, "VOXELS_PER_PROCESS", voxels // 3)
@@ -268,9 +270,9 @@ def test_processes_are_as_many_as_work_cores_and_memory_bear(
     assert processes((0.7, 1.3, 4.0)) == processes((7.0, 1.3, 4.0)) == 1
     monkeypatch.setattr(store, "VOXELS_PER_PROCESS", 1)
     assert processes() == 8
-    monkeypatch.setattr(store, "free_memory", lambda: 5 * largest * store.BYTES_PER_VOXEL)
+    monkeypatch.setattr(case_processes, "free_memory", lambda: 5 * largest * store.BYTES_PER_VOXEL)
     assert processes() == 5
-    monkeypatch.setattr(store, "free_memory", lambda: 0)
+    monkeypatch.setattr(case_processes, "free_memory", lambda: 0)
     assert processes() == 1
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from segkit.inference.window_seconds import num_windows
 from segkit.io.volume import Volume, read_volume, write_volume
 from segkit.nn.network import SegmentationNetwork
 from segkit.planning import make_plan, planned_seconds, planning_task
+from segkit.planning.candidates import plan_candidates
 from segkit.planning.make_plan import Planned, _run_name, plan_dataset
 from segkit.planning.planning_task import Preset
 from segkit.planning.schedule import Schedule
@@ -91,6 +93,53 @@ def test_twice_the_time_gives_more_steps_or_a_larger_network(
     assert widths == sorted(widths) and widths[0] < widths[2]
     assert planned(1000.0).network == planned(500.0).network
     assert planned(1000.0).train.steps == pytest.approx(2 * planned(500.0).train.steps, rel=0.01)
+
+
+def words_of(planned: Planned) -> str:
+    """The text of a plan without line breaks."""
+    return " ".join(planned.text.replace("#", "").split())
+
+
+def test_a_plan_within_the_minutes_counts_the_time_that_it_took(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e10)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
+
+    def planned(began: float | None) -> Planned:
+        return plan_dataset(
+            dataset, cache=tmp_path / "cache", device="cpu", minutes=10, began=began
+        )
+
+    whole, shorter = planned(None), planned(time.monotonic() - 120)
+    assert whole.config.train.minutes == shorter.config.train.minutes == 10
+    saved = whole.config.train.steps - shorter.config.train.steps
+    assert saved == pytest.approx(2 * 120, abs=20)
+    assert "s are for planning" not in words_of(whole)
+    assert "s are for planning" in words_of(shorter)
+
+
+def test_candidates_of_a_race_are_planned_for_the_time_that_is_left_after_it(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e10)
+    monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
+
+    def told(starters: int, began: float | None) -> bool:
+        plans = plan_candidates(
+            dataset,
+            cache=tmp_path / "cache",
+            device="cpu",
+            minutes=10,
+            starters=lambda names: names[:starters],
+            began=began,
+            seconds_of_race=90.0,
+        )
+        assert len(plans) == starters
+        return all("90 s are for planning" in words_of(plan) for plan in plans.values())
+
+    assert told(2, time.monotonic())
+    assert not told(1, time.monotonic()) and not told(2, None)
 
 
 @pytest.fixture
@@ -526,7 +575,8 @@ def window_count(planned: Planned) -> int:
     """Number of windows of a case of `large`, all of which are cubes of one size."""
     (spacing,) = set(planned.plan.spacing)
     size = round(64 / spacing)
-    return num_windows((size, size, size), planned.config.data.patch_size)
+    stride = planned.config.network.total_stride
+    return num_windows((size, size, size), planned.config.data.patch_size, stride)
 
 
 def test_too_little_memory_for_a_step_is_one_sentence(

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segkit.planning.schedule import schedule_within
+from segkit.planning.schedule import Schedule, schedule_within
 
 
 @given(st.floats(0.5, 600.0), st.floats(1e-3, 60.0), st.floats(0.0, 100.0), st.integers(0, 300))
@@ -44,6 +44,25 @@ def test_steps_get_the_time_left_by_preparing_validating_and_scoring() -> None:
     schedule = schedule_within(10.0, seconds_per_step=0.5, seconds_per_case=9.0, held_out=0)
     assert (schedule.steps, schedule.validation_cases) == (1140, None)
     assert "No case is held out, so there are no scores" in schedule.why_steps
+
+
+def test_cases_that_take_long_to_prepare_leave_less_time_for_steps() -> None:
+    def planned(preparing: float) -> Schedule:
+        return schedule_within(
+            10.0, seconds_per_step=0.5, seconds_per_case=1.0, held_out=2, preparing=preparing
+        )
+
+    assert planned(29.0).steps == planned(0.0).steps == 1096
+    slow = planned(230.0)
+    assert slow.steps == 1096 - 400 and "230 s are reserved for preparing" in slow.why_steps
+
+
+def test_time_that_planning_took_is_not_for_steps() -> None:
+    schedule = schedule_within(
+        10.0, seconds_per_step=0.5, seconds_per_case=1.0, held_out=2, spent=90.0
+    )
+    assert schedule.steps == 1096 - 180
+    assert "Of 10 minutes, 90 s are for planning, 30 s are reserved for prep" in schedule.why_steps
 
 
 def test_a_case_that_takes_longer_than_a_quarter_of_the_time_is_scored_within_it() -> None:

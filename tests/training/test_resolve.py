@@ -14,9 +14,10 @@ import yaml
 from numpy.testing import assert_array_equal
 from safetensors.torch import load_file
 
+from segkit.config.data import CtWindowConfig
 from segkit.config.load import load_config
 from segkit.config.training import Config
-from segkit.data.dataset import read_dataset
+from segkit.data.dataset import read_case, read_dataset
 from segkit.data.split import split_of
 from segkit.errors import ConfigError
 from segkit.geometry.grid import Grid
@@ -251,3 +252,32 @@ def test_volumes_among_slices_may_be_trained_in_any_way(tmp_path: Path) -> None:
     dataset = read_dataset(folder)
     check_plane(small_config(folder), dataset, dataset.cases)
     check_plane(small_config(folder), dataset, ())
+
+
+def test_a_ct_window_does_not_depend_on_the_number_of_processes(
+    datasets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More foreground values than a case may give, so that some are drawn."""
+    dataset = read_dataset(datasets["ct"])
+    config = small_config(datasets["ct"], data={"normalisation": None})
+    monkeypatch.setattr("segkit.training.resolve.VALUES_FOR_WINDOW", 100)
+    monkeypatch.setattr("segkit.training.resolve.FEWEST_VALUES", 30)
+    alone = resolve(config, dataset, runs=tmp_path).data.normalisation
+    monkeypatch.setattr("segkit.training.resolve.reading_processes", lambda *_: 2)
+    assert resolve(config, dataset, runs=tmp_path).data.normalisation == alone
+    monkeypatch.setattr("segkit.training.resolve.VALUES_FOR_WINDOW", 10**6)
+    (drawn,), (whole,) = (
+        alone or [],
+        resolve(config, dataset, runs=tmp_path).data.normalisation or [],
+    )
+    assert isinstance(drawn, CtWindowConfig) and isinstance(whole, CtWindowConfig)
+    values = np.concatenate(
+        [
+            image.data[..., 0][label.data > 0]
+            for image, label in (
+                read_case(case, dataset) for case in split_of(dataset, config).train
+            )
+        ]
+    )
+    assert whole.mean == pytest.approx(values.mean()) != drawn.mean
+    assert drawn.mean == pytest.approx(values.mean(), abs=4 * float(values.std()) / 90**0.5)

@@ -4,8 +4,10 @@ import logging
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from segkit.config.network import NetworkConfig
 from segkit.config.training import LEAST_STEPS, TrainConfig
 from segkit.errors import ConfigError, Stopped
 from segkit.inference.window_seconds import num_windows
+from segkit.inference.windows import WindowLayout, slide
 from segkit.training.final_scores import scored_model
 from segkit.training.fit import train
 from segkit.training.optimisers import make_optimiser, make_schedule
@@ -105,6 +108,30 @@ def test_a_run_whose_validations_are_slower_than_expected_ends_on_time(
     _, elapsed, advances = simulated(600.0, per_step, per_case, cases=1, expected=per_case / 10)
     assert elapsed == pytest.approx(600.0, rel=0.1)
     assert sum(advances) >= 0.97 * 400 - 400 / len(advances)
+
+
+def test_the_time_of_small_cases_that_validate_does_not_stand_for_large_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first case has one window, the other two have seven: a mean of five."""
+    monkeypatch.setattr("segkit.training.time_budget.set_last_step", lambda *_: None)
+    clock = Clock()
+    budget = TimeBudget(600.0, 0.0, 400, held_out=3, validated=1, validate_every=50, clock=clock)
+    cases: Any = [
+        SimpleNamespace(label=np.zeros(size)) for size in [(8, 8, 8), (32, 8, 8), (8, 32, 8)]
+    ]
+    model = random_model(NetworkConfig(channels=[2, 2]))
+    deadline = Deadline(budget, cases, model.description)
+    trainer: Any = SimpleNamespace(global_step=0)
+    module: Any = SimpleNamespace(network=model.network, device=torch.device("cpu"))
+    monkeypatch.setattr("segkit.training.time_budget.seconds_of_window", lambda *_: 2.0)
+    deadline.on_train_start(trainer, module)
+    assert budget.per_case == pytest.approx(2.0 * 5) and budget.validation == pytest.approx(2.0)
+    deadline.on_validation_start(trainer, module)
+    clock.now += 3.0
+    deadline.on_validation_end(trainer, module)
+    assert budget.per_case == pytest.approx(3.0 * 5) and budget.validation == pytest.approx(3.0)
+    assert budget.for_scoring == pytest.approx(1 + 3 * 15.0)
 
 
 def test_validations_take_place_as_long_as_they_fit() -> None:
@@ -302,7 +329,8 @@ def test_the_pace_is_told_once_after_a_twentieth_of_the_time(
         validate_every=1000,
         clock=clock,
     )
-    deadline, module = Deadline(budget, (), (8, 8, 8)), SimpleNamespace()
+    told = random_model(NetworkConfig(channels=[2, 2])).description
+    deadline, module = Deadline(budget, (), told), SimpleNamespace()
     monkeypatch.setattr(deadline.cores, "share", lambda: 1.0)
     trainer = SimpleNamespace(world_size=1, is_global_zero=True, global_step=0)
     told_after = None
@@ -344,8 +372,31 @@ def test_only_long_scores_of_a_timed_run_pay_for_a_conversion(tmp_path: Path) ->
 
 
 def test_windows_of_a_case_overlap_by_half() -> None:
-    assert num_windows((64, 32, 10), (32, 32, 32)) == 3
-    assert num_windows((64, 32, 10), (32, 32, 1)) == 3 * 10  # slices do not overlap
+    assert num_windows((64, 32, 10), (32, 32, 32), (8, 8, 8)) == 3
+    assert num_windows((64, 32, 10), (32, 32, 1), (8, 8, 1)) == 3 * 10  # slices do not overlap
+
+
+@given(
+    st.tuples(*[st.integers(1, 16)] * 3),
+    st.tuples(*[st.integers(2, 5)] * 3),
+    st.sampled_from([1, 2]),
+)
+@settings(max_examples=30, deadline=None)
+def test_as_many_windows_are_expected_as_a_prediction_computes(
+    size: tuple[int, int, int], multiples: tuple[int, int, int], stride: int
+) -> None:
+    """Half a window of 5 strides is none of their multiples, so windows overlap by more."""
+    patch = (multiples[0] * stride, multiples[1] * stride, multiples[2] * stride)
+    strides = (stride, stride, stride)
+    computed = 0
+
+    def counted(windows: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal computed
+        computed += len(windows)
+        return {"same": windows}
+
+    slide(torch.zeros(1, *size), counted, WindowLayout(patch, (0.5, 0.5, 0.5), strides))
+    assert num_windows(size, patch, strides) == computed
 
 
 class StoppedAtTwelve(Callback):

@@ -115,6 +115,26 @@ def test_the_second_stage_has_less_time_if_the_first_took_more_than_its_minutes(
     assert spent == pytest.approx([over, over])
 
 
+@pytest.mark.parametrize("minutes", [None, 5.0])
+def test_two_stages_share_the_time_that_planning_took(
+    minutes: float | None, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low, full = stages(dataset)
+    full = full.model_copy(update={"train": full.train.model_copy(update={"minutes": minutes})})
+    spent: list[float] = []
+
+    def begun(config: Config, *others: Config, **settings: Any) -> Run:
+        spent.append(settings["spent"])
+        assert others or config.train.minutes == second
+        return Run(tmp_path / "small_low", {}, cast(Model, None))
+
+    second = None if minutes is None else 3.0
+    monkeypatch.setattr(two_stages, "train", begun)
+    monkeypatch.setattr(two_stages, "train_first", begun)
+    two_stages.train_two_stages(low, full, runs=tmp_path, spent=240.0)
+    assert spent == [120.0, 0.0]
+
+
 @pytest.mark.slow
 def test_a_run_of_one_stage_resumes_as_before(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
