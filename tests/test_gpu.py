@@ -70,7 +70,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> segkit.Run:
     folder = tmp_path_factory.mktemp("trained")
     config = small_config(
-        data, train={"steps": 150, "validate_every": 50}, trainer={"accelerator": "gpu"}
+        data,
+        train={"steps": 150, "validate_every": 50},
+        trainer={"accelerator": "gpu", "precision": "auto"},
     )
     return segkit.train(config, runs=folder)
 
@@ -104,6 +106,25 @@ def test_a_training_that_was_stopped_on_a_gpu_ends_with_the_weights_of_one_that_
         segkit.train(config, runs=tmp_path / "stopped", callbacks=[StopAfter(4)])
     resumed = segkit.resume(tmp_path / "stopped" / config.name)
     assert_near(weights(resumed), weights(whole), 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_a_training_in_half_precision_goes_on_with_its_fused_optimiser(
+    precision: str, optimiser: str, data: Path, tmp_path: Path
+) -> None:
+    config = config_on(
+        "gpu",
+        data,
+        train={"optimiser": optimiser, "learning_rate": None},
+        trainer={"precision": precision},
+    )
+    with pytest.raises(StoppedError):
+        segkit.train(config, runs=tmp_path, callbacks=[StopAfter(4)])
+    run = segkit.resume(tmp_path / "small")
+    assert run.summary["steps"] == 6
+    state = torch.load(run.folder / "last.ckpt", weights_only=True, map_location="cpu")
+    assert state["optimizer_states"][0]["param_groups"][-1]["fused"]
 
 
 def test_augmented_training_in_half_precision_learns_on_a_gpu(trained: segkit.Run) -> None:
