@@ -1,4 +1,5 @@
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from segkit.data import drawn_ahead
 from segkit.data.datamodule import ConsecutiveSampler
 from segkit.data.drawn_ahead import DrawnAhead
 from segkit.data.patches import ForegroundSampler, Patch, PatchDataset
@@ -29,11 +31,22 @@ def sampler(done: int = 0) -> ConsecutiveSampler:
     return ConsecutiveSampler(7, rank=0, num_processes=1, done=lambda: done)
 
 
+def wait(monkeypatch: pytest.MonkeyPatch, disk: bool) -> None:
+    """Let every batch wait for the disk, or none."""
+    monkeypatch.setattr(drawn_ahead, "LONG_WAIT", -1.0 if disk else 1e9)
+
+
+@pytest.mark.parametrize("disk", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 9])
 @pytest.mark.parametrize("done", [0, 3])
 def test_batches_are_those_of_pytorchs_loader_bit_for_bit(
-    batch_size: int, done: int, patches: PatchDataset
+    batch_size: int,
+    done: int,
+    disk: bool,
+    patches: PatchDataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    wait(monkeypatch, disk)
     expected = list(DataLoader(patches, batch_size=batch_size, sampler=sampler(done)))
     loader = DrawnAhead(patches, sampler(done), batch_size)
     found = list(loader)
@@ -44,7 +57,10 @@ def test_batches_are_those_of_pytorchs_loader_bit_for_bit(
         assert one["image"].dtype == two["image"].dtype
 
 
-def test_a_batch_is_drawn_while_the_one_before_it_is_used(patches: PatchDataset) -> None:
+def test_a_batch_is_drawn_while_the_one_before_it_is_used_if_the_disk_is_read(
+    patches: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait(monkeypatch, True)
     drawn = threading.Event()
     numbers = []
     cut = PatchDataset.__getitem__
@@ -67,7 +83,70 @@ def test_a_batch_is_drawn_while_the_one_before_it_is_used(patches: PatchDataset)
     assert not [thread for thread in threading.enumerate() if "segkit-patches" in thread.name]
 
 
-def test_an_error_is_raised_where_the_batch_is_used(patches: PatchDataset) -> None:
+def test_cases_in_memory_are_drawn_without_a_thread(
+    patches: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait(monkeypatch, False)
+    drawn: list[int] = []
+    cut = PatchDataset.__getitem__
+
+    class Watched(PatchDataset):
+        def __getitem__(self, index: int) -> Patch:
+            assert threading.current_thread() is threading.main_thread()
+            drawn.append(index)
+            return cut(self, index)
+
+    watched = Watched(patches.cases, patch_size=SIZE, sampler=patches.sampler, seed=3)
+    batches = iter(DrawnAhead(watched, sampler(), 2))
+    for count in (2, 4, 6, 7):
+        next(batches)
+        assert drawn == list(range(count))
+
+
+@pytest.mark.parametrize(("wait", "compute", "ahead"), [(0.03, 0.0, True), (0.0, 0.03, False)])
+def test_only_a_batch_that_waits_has_others_drawn_ahead(
+    wait: float, compute: float, ahead: bool, patches: PatchDataset
+) -> None:
+    cut = PatchDataset.__getitem__
+
+    class Slow(PatchDataset):
+        def __getitem__(self, index: int) -> Patch:
+            time.sleep(wait)
+            ends = time.thread_time() + compute
+            while time.thread_time() < ends:
+                pass
+            return cut(self, index)
+
+    slow = Slow(patches.cases, patch_size=SIZE, sampler=patches.sampler, seed=3)
+    loader = DrawnAhead(slow, sampler(), 1)
+    batches = iter(loader)
+    next(batches)
+    assert (loader.still_ahead > 0) == ahead
+
+
+def test_after_some_batches_one_is_drawn_when_it_is_needed(
+    patches: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait(monkeypatch, True)
+    monkeypatch.setattr(drawn_ahead, "DRAWN_AHEAD", 2)
+    by_thread: list[bool] = []
+    cut = PatchDataset.__getitem__
+
+    class Watched(PatchDataset):
+        def __getitem__(self, index: int) -> Patch:
+            by_thread.append(threading.current_thread() is not threading.main_thread())
+            return cut(self, index)
+
+    watched = Watched(patches.cases, patch_size=SIZE, sampler=patches.sampler, seed=3)
+    assert len(list(DrawnAhead(watched, sampler(), 1))) == 7
+    assert by_thread == [False, True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_an_error_is_raised_where_the_batch_is_used(
+    disk: bool, patches: PatchDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait(monkeypatch, disk)
     damaged = sorted({patches[number]["name"] for number in range(7)})[0]
     whole = [number for number in range(7) if patches[number]["name"] != damaged]
     (patches.cases[0].folder.parent / damaged / "image.npy").write_bytes(b"damaged")
