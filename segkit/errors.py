@@ -16,7 +16,9 @@ import errno
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+Result = TypeVar("Result")
 ADVICE = {
     errno.ENOSPC: "free some space there and run the same command again",
     errno.EDQUOT: "free some of your quota there and run the same command again",
@@ -144,6 +146,14 @@ class Problems:
             yield
         except SegkitError as error:
             self.errors.append(error)
+
+    def results(self, attempts: Iterable[Result | SegkitError]) -> Iterator[Result]:
+        """The attempts that succeeded; those that are errors are recorded."""
+        for attempt in attempts:
+            if isinstance(attempt, SegkitError):
+                self.errors.append(attempt)
+            else:
+                yield attempt
 
     def refuse(self) -> None:
         """Raise the recorded errors, if there are any.

@@ -12,7 +12,8 @@ do not influence the choice.
 import math
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -267,7 +268,7 @@ def prepared_for_race(
             break
         config = config.model_copy(update={"data": config.data.model_copy(update=data)})
         short = shortened_for_race(config, SHORTEST, cache)
-        with only_errors("segkit.training"), only_errors("segkit.data.split"):
+        with _without_warnings():
             parts = prepare(short, dataset=replace(dataset, cases=tuple(cases)), track=track)
         data = {"normalisation": parts.config.data.normalisation}
         ready[name] = config.model_copy(update={"data": config.data.model_copy(update=data)})
@@ -337,17 +338,19 @@ def _entry(
     """
     ends = time.monotonic() + seconds
     short = shortened_for_race(config, (1 - SHARE_OF_SCORING) * seconds, cache)
-    # A candidate's training is short on purpose, and its split is not the run's: it need not warn.
-    with (
-        only_errors("segkit.training"),
-        only_errors("segkit.data.split"),
-        tempfile.TemporaryDirectory(prefix="segkit-race-") as folder,
-    ):
+    with _without_warnings(), tempfile.TemporaryDirectory(prefix="segkit-race-") as folder:
         run = train(short, runs=folder, dataset=replace(dataset, cases=tuple(cases[0])))
         scores = score(
             run.model, dataset, cases[1], untracked, until=ends, overlap=0.0, engine="torch"
         )
     return scores["dice_of_cases"], run.summary["steps"]
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """A candidate's training is short on purpose, and its split is not the run's: no warnings."""
+    with only_errors("segkit.training"), only_errors("segkit.data.split"):
+        yield
 
 
 def shortened_for_race(config: Config, seconds: float, cache: Path) -> Config:

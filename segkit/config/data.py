@@ -28,6 +28,11 @@ class ZScoreConfig(Section):
     """Whether mean and deviation leave out voxels that are 0, as in skull-stripped heads."""
 
 
+def is_ct(channel: str) -> bool:
+    """Whether a channel is normalised by a window in HU by default, because it is named CT."""
+    return channel.lower() == "ct"
+
+
 class CtWindowConfig(Section):
     """Intensities clipped to a window in HU, minus a mean, divided by a standard deviation.
 

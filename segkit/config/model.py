@@ -160,19 +160,19 @@ class ModelDescription(Section):
     @property
     def volume_patch(self) -> tuple[int, int, int]:
         """The patch size in voxels of a volume. For a 2D network, it is one slice thick."""
-        patch = list(self.patch_size)
-        if self.axis_across is not None:
-            patch.insert(self.axis_across, 1)
-        x, y, z = patch
-        return x, y, z
+        return self._in_volume(self.patch_size)
 
     @property
     def volume_stride(self) -> tuple[int, int, int]:
         """The network's total stride in voxels of a volume. Across slices it is 1."""
-        stride = list(self.network.total_stride)
+        return self._in_volume(self.network.total_stride)
+
+    def _in_volume(self, sizes: Sequence[int]) -> tuple[int, int, int]:
+        """Sizes along the axes of a volume; those of a 2D network get a 1 across its slices."""
+        axes = list(sizes)
         if self.axis_across is not None:
-            stride.insert(self.axis_across, 1)
-        x, y, z = stride
+            axes.insert(self.axis_across, 1)
+        x, y, z = axes
         return x, y, z
 
     @property

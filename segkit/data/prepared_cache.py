@@ -36,7 +36,6 @@ from segkit.io.atomic import PARTIAL, naming, remove_leftovers
 from segkit.io.checksums import file_states
 from segkit.io.volume import read_volume
 from segkit.io.volume_names import is_picture
-from segkit.system.resources import num_cores
 from segkit.system.workers import attempted, in_processes
 
 CACHE_FORMAT = 4
@@ -284,15 +283,14 @@ def preparing_processes(
         spacing: target spacing in mm along x, y and z.
         num_channels: number of channels of an image.
     """
-    if len(cases) < 2 or num_cores() < 2:
-        return 1
-    sizes = []
-    for case in cases:
+
+    def voxels(case: CaseFiles) -> int:
         grid = grid_of_case(case, dataset)
         turned = Orientation.of(grid.affine).turn_grid(grid)
         prepared = turned.with_spacing(spacing_for(turned, spacing))
-        sizes.append(num_channels * max(math.prod(grid.shape), math.prod(prepared.shape)))
-    return worthwhile_processes(sizes, VOXELS_PER_PROCESS, BYTES_PER_VOXEL)
+        return num_channels * max(math.prod(grid.shape), math.prod(prepared.shape))
+
+    return worthwhile_processes(cases, voxels, VOXELS_PER_PROCESS, BYTES_PER_VOXEL)
 
 
 def _store(

@@ -27,7 +27,7 @@ from pydantic import Field, TypeAdapter
 from segkit.data.case_processes import reading_processes
 from segkit.data.dataset import CaseFiles, Dataset, check_headers, read_case
 from segkit.data.preprocess import body_box
-from segkit.errors import DatasetError, Problems, SegkitError
+from segkit.errors import DatasetError, Problems
 from segkit.geometry.grid import Orientation, rounded_spacing
 from segkit.io.atomic import write_json
 from segkit.io.checksums import file_states
@@ -133,11 +133,8 @@ def fingerprint(
     fresh = in_processes(partial(attempted, measure), pending, min(workers, len(pending)))
     new: dict[str, Measurement] = {}
     problems = Problems()
-    for measurement in track(fresh, "measuring cases", len(pending)):
-        with problems.noted():
-            if isinstance(measurement, SegkitError):
-                raise measurement
-            new[measurement.size.name] = measurement
+    for measurement in problems.results(track(fresh, "measuring cases", len(pending))):
+        new[measurement.size.name] = measurement
     problems.refuse()
     measurements = [
         new.get(case.name) or _read(paths[case.name], case, len(dataset.channels))

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from segkit.config.data import is_ct
 from segkit.geometry.grid import ANISOTROPY, measured_spacings
 
 Spacing = tuple[float, ...]
@@ -389,7 +390,7 @@ def normalisations(numbers: Numbers) -> tuple[ChannelNormalisation, ...]:
             "ct",
             *((found.lower, found.upper, found.mean, found.std) if found else (None,) * 4),
         )
-        if name.lower() == "ct"
+        if is_ct(name)
         else ChannelNormalisation("zscore nonzero" if nonzero else "zscore")
         for name, found in zip(numbers.channels, numbers.intensities, strict=True)
     )

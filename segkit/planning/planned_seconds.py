@@ -44,7 +44,7 @@ def measured_window(task: PlanningTask, config: Config, description: ModelDescri
     Raises:
         TrainingError: the GPU's memory is too small for it.
     """
-    precision = str(precision_of(task.device)).removeprefix("torch.")
+    precision = str(precision_of(task.device))
     about = {"what": "window", "precision": precision, **_about(config, description)}
     return _measured(task, about, partial(seconds_of_windows, description, task.device))
 
@@ -70,13 +70,11 @@ def _measured(task: PlanningTask, about: dict[str, Any], measure: Callable[[], f
 
 
 def seconds_of_windows(description: ModelDescription, device: torch.device) -> float:
-    """Seconds for a window in a validation, which runs two at once; on a CPU, on free cores."""
-    network, half = build_network(description).to(device), precision_of(device)
+    """Seconds of a window in a validation; on a CPU, on free cores."""
+    network = build_network(description).to(device)
     order_for(network, device)
-    windows = torch.zeros(2, description.channels_in, *description.volume_patch, device=device)
     watch = CoreShare()
-    with torch.autocast(device.type, dtype=half, enabled=device.type == "cuda"):
-        seconds = seconds_of_window(network, windows)
+    seconds = seconds_of_window(network, description)
     return seconds * watch.share() if device.type == "cpu" else seconds
 
 

@@ -5,7 +5,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from segkit.config.data import ZScoreConfig
+from segkit.config.data import ZScoreConfig, is_ct
 from segkit.config.model import ModelDescription
 from segkit.data.dataset import read_case
 from segkit.data.normalise import build_normalisers
@@ -35,7 +35,7 @@ def seconds_to_prepare(task: PlanningTask, description: ModelDescription) -> flo
         return 0.0
     median = sorted(range(len(voxels)), key=voxels.__getitem__)[len(voxels) // 2]
     case = dataset.cases[median]
-    in_ct = any(name.lower() == "ct" for name in dataset.channels)
+    in_ct = any(is_ct(name) for name in dataset.channels)
 
     def measure() -> float:
         processes = preparing_processes(dataset.cases, dataset, description.spacing, channels)

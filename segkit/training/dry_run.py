@@ -31,7 +31,7 @@ from segkit.model.folder import Model
 from segkit.system.memory import in_words
 from segkit.system.only_errors import only_errors
 from segkit.system.progress import Track, untracked
-from segkit.system.resources import peak_of_process, precision_of
+from segkit.system.resources import peak_of_process
 from segkit.system.signals import advice_on_stop
 from segkit.training.fit import train
 from segkit.training.lightning_private import set_last_step
@@ -306,10 +306,7 @@ def _seconds_of_case(
     description, network = model.description, model.network
     assert isinstance(network, nn.Module)
     network.to(device)
-    windows = torch.zeros(2, description.channels_in, *description.volume_patch, device=device)
-    half = precision_of(device)
-    with torch.autocast(device.type, dtype=half, enabled=device.type == "cuda"):
-        per_window = seconds_of_window(network, windows)
+    per_window = seconds_of_window(network, description)
     network.to("cpu")
     counts = []
     for case in cases[:READ]:

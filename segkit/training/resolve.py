@@ -6,12 +6,9 @@ change later: a null in it says only that something is not used.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from segkit.config.attention import (
@@ -28,23 +25,22 @@ from segkit.config.data import (
     NormalisationConfig,
     SynthesisConfig,
     ZScoreConfig,
+    is_ct,
 )
 from segkit.config.model import ACROSS, ModelDescription, description_of
 from segkit.config.network import NetworkConfig
 from segkit.config.training import SCHEDULE_OF, Config, TrainConfig, TrainerConfig
-from segkit.data.case_processes import reading_processes
-from segkit.data.dataset import CaseFiles, Dataset, check_headers, grid_of_case, read_case
-from segkit.data.normalise import foreground_statistics
+from segkit.data.dataset import CaseFiles, Dataset, check_headers, grid_of_case
 from segkit.data.preprocess import median_spacing
 from segkit.data.single_slices import about_different_planes, flat_axes
 from segkit.data.split import Split, split_of
-from segkit.errors import ConfigError, DatasetError, Problems, SegkitError, counted
+from segkit.errors import ConfigError, DatasetError, Problems, counted
 from segkit.geometry.grid import Orientation
 from segkit.model.addresses import is_address
 from segkit.model.build_attention import heads_that_fit
 from segkit.system.progress import Track, untracked
 from segkit.system.resources import bfloat16_is_fast
-from segkit.system.workers import attempted, in_processes
+from segkit.training.ct_window import with_windows
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +48,6 @@ LEARNING_RATE = {"adamw": 3e-3, "sgd": 1e-2, "muon": 6e-3}
 WEIGHT_DECAY = {"adamw": 0.05, "sgd": 3e-5, "muon": 0.05}
 TRAINED_IN = ("auto", "32-true", "bf16-mixed", "16-mixed", "32", 32, "16", 16, "bf16")
 """Lightning's names of precisions that segkit can train in: single or mixed precision."""
-VALUES_FOR_WINDOW, FEWEST_VALUES = 10_000_000, 1000
-"""A CT window is measured from about so many foreground values of all cases, and from at least so
-many of each case that has them."""
 ANY_INTENSITY = (0.0, 1.0)
 """The range of a label's mean intensity in synthesis, if the config has none."""
 
@@ -276,7 +269,7 @@ def _data(
     )
     changes: dict[str, Any] = {
         "spacing": spacing,
-        "normalisation": _measured(_asked(config, dataset), dataset, split.train, track),
+        "normalisation": with_windows(_asked(config, dataset), dataset, split.train, track),
         "mirror": config.mirrored(list(dataset.labels)),
         "cache": config.cache or runs / ".cache",
     }
@@ -368,75 +361,6 @@ def _asked(config: DataConfig, dataset: Dataset) -> list[NormalisationConfig]:
             )
         return asked
     return [
-        asked or (CtWindowConfig() if name.lower() == "ct" else ZScoreConfig(nonzero=False))
+        asked or (CtWindowConfig() if is_ct(name) else ZScoreConfig(nonzero=False))
         for name in dataset.channels
     ]
-
-
-def _measured(
-    settings: Sequence[NormalisationConfig],
-    dataset: Dataset,
-    cases: Sequence[CaseFiles],
-    track: Track,
-) -> list[NormalisationConfig]:
-    """The settings, with missing values of CT windows measured in the foreground of the cases."""
-    if not any(_incomplete(setting) for setting in settings):
-        return list(settings)
-    foreground: list[list[np.ndarray]] = [[] for _ in settings]
-    draw = partial(
-        _drawn,
-        dataset=replace(dataset, cases=()),
-        count=max(VALUES_FOR_WINDOW // len(cases), FEWEST_VALUES),
-    )
-    numbered = list(enumerate(cases))
-    drawn = in_processes(partial(attempted, draw), numbered, reading_processes(cases, dataset))
-    problems = Problems()
-    for found in track(drawn, "measuring intensities", len(cases)):
-        with problems.noted():
-            if isinstance(found, SegkitError):
-                raise found
-            for channel, inside in enumerate(found):
-                foreground[channel].append(inside)
-    problems.refuse()
-    measured: list[NormalisationConfig] = []
-    for setting, parts in zip(settings, foreground, strict=True):
-        values = np.concatenate(parts)
-        if not isinstance(setting, CtWindowConfig) or not _incomplete(setting):
-            measured.append(setting)
-            continue
-        if not len(values):
-            raise ConfigError(
-                "data.normalisation: the CT window cannot be measured, because no case has "
-                "foreground; give its values"
-            )
-        statistics = dict(
-            zip(("lower", "upper", "mean", "std"), foreground_statistics(values), strict=True)
-        )
-        given = setting.model_dump(exclude_none=True)
-        measured.append(CtWindowConfig.model_validate({**statistics, **given}))
-    return measured
-
-
-def _drawn(numbered: tuple[int, CaseFiles], dataset: Dataset, count: int) -> list[np.ndarray]:
-    """At most `count` foreground values of each channel of a case, drawn with its number as seed.
-
-    So they do not depend on the number of processes that draw.
-    """
-    number, case = numbered
-    random = np.random.default_rng((1234, number))
-    image, label = read_case(case, dataset)
-    foreground = dataset.foreground(label.data)
-    channels = [values[foreground] for values in np.moveaxis(image.data, 3, 0)]
-    return [
-        (random.choice(inside, count) if len(inside) > count else inside).astype(np.float64)
-        for inside in channels
-    ]
-
-
-def _incomplete(setting: NormalisationConfig) -> bool:
-    return isinstance(setting, CtWindowConfig) and None in (
-        setting.lower,
-        setting.upper,
-        setting.mean,
-        setting.std,
-    )

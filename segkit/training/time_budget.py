@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
@@ -33,7 +32,6 @@ from segkit.data.prepared_cache import StoredCase
 from segkit.errors import counted
 from segkit.inference.window_seconds import num_windows, seconds_of_window, seconds_to_score
 from segkit.system.core_share import FREE, CoreShare
-from segkit.system.resources import precision_of
 from segkit.training.lightning_private import set_last_step, skip_validation
 
 logger = logging.getLogger(__name__)
@@ -234,20 +232,12 @@ class Deadline(Callback):
             if validated := counts[: self.budget.validated]:
                 self.budget.relative_size = sum(validated) / len(validated) / mean
             if not self.budget.per_case:
-                seconds = self._seconds_of_window(pl_module)
+                assert isinstance(pl_module.network, nn.Module)
+                seconds = seconds_of_window(pl_module.network, self.description)
                 self.budget.per_case = seconds * mean
         set_last_step(trainer, max(self.budget.expected_steps, trainer.global_step + 1))
         self.cores = CoreShare()
         self.budget.resume_clock()
-
-    def _seconds_of_window(self, pl_module: L.LightningModule) -> float:
-        """Seconds of a window in a validation, in the precision that a GPU trains in."""
-        assert isinstance(pl_module.network, nn.Module)
-        device = pl_module.device
-        shape = (2, self.description.channels_in, *self.description.volume_patch)
-        windows, half = torch.zeros(shape, device=device), precision_of(device)
-        with torch.autocast(device.type, dtype=half, enabled=device.type == "cuda"):
-            return seconds_of_window(pl_module.network, windows)
 
     def on_train_batch_end(
         self,

@@ -1,6 +1,7 @@
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,19 @@ def patches(tmp_path: Path) -> PatchDataset:
 
 def sampler(done: int = 0) -> ConsecutiveSampler:
     return ConsecutiveSampler(7, rank=0, num_processes=1, done=lambda: done)
+
+
+def watched(patches: PatchDataset, see: Callable[[int], None]) -> PatchDataset:
+    """The same patches; `see` gets the number of each one, in the thread that draws it."""
+    cut = PatchDataset.__getitem__
+
+    class Watched(PatchDataset):
+        def __getitem__(self, index: int) -> Patch:
+            patch = cut(self, index)
+            see(index)
+            return patch
+
+    return Watched(patches.cases, patch_size=SIZE, sampler=patches.sampler, seed=3)
 
 
 def wait(monkeypatch: pytest.MonkeyPatch, disk: bool) -> None:
@@ -63,18 +77,13 @@ def test_a_batch_is_drawn_while_the_one_before_it_is_used_if_the_disk_is_read(
     wait(monkeypatch, True)
     drawn = threading.Event()
     numbers = []
-    cut = PatchDataset.__getitem__
 
-    class Watched(PatchDataset):
-        def __getitem__(self, index: int) -> Patch:
-            numbers.append(index)
-            patch = cut(self, index)
-            if index == 3:
-                drawn.set()
-            return patch
+    def note(index: int) -> None:
+        numbers.append(index)
+        if index == 3:
+            drawn.set()
 
-    watched = Watched(patches.cases, patch_size=SIZE, sampler=patches.sampler, seed=3)
-    batches = iter(DrawnAhead(watched, sampler(), 2))
+    batches = iter(DrawnAhead(watched(patches, note), sampler(), 2))
     next(batches)
     assert drawn.wait(20)  # the second batch, though nobody has asked for it
     next(batches)
@@ -88,37 +97,35 @@ def test_cases_in_memory_are_drawn_without_a_thread(
 ) -> None:
     wait(monkeypatch, False)
     drawn: list[int] = []
-    cut = PatchDataset.__getitem__
 
-    class Watched(PatchDataset):
-        def __getitem__(self, index: int) -> Patch:
-            assert threading.current_thread() is threading.main_thread()
-            drawn.append(index)
-            return cut(self, index)
+    def note(index: int) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        drawn.append(index)
 
-    watched = Watched(patches.cases, patch_size=SIZE, sampler=patches.sampler, seed=3)
-    batches = iter(DrawnAhead(watched, sampler(), 2))
+    batches = iter(DrawnAhead(watched(patches, note), sampler(), 2))
     for count in (2, 4, 6, 7):
         next(batches)
         assert drawn == list(range(count))
 
 
-@pytest.mark.parametrize(("wait", "compute", "ahead"), [(0.03, 0.0, True), (0.0, 0.03, False)])
+@pytest.mark.parametrize(("waits", "computes", "ahead"), [(0.03, 0.0, True), (0.0, 0.03, False)])
 def test_only_a_batch_that_waits_has_others_drawn_ahead(
-    wait: float, compute: float, ahead: bool, patches: PatchDataset
+    waits: float,
+    computes: float,
+    ahead: bool,
+    patches: PatchDataset,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cut = PatchDataset.__getitem__
+    passed = computed = 0.0
 
-    class Slow(PatchDataset):
-        def __getitem__(self, index: int) -> Patch:
-            time.sleep(wait)
-            ends = time.thread_time() + compute
-            while time.thread_time() < ends:
-                pass
-            return cut(self, index)
+    def pass_time(index: int) -> None:
+        nonlocal passed, computed
+        passed += waits + computes
+        computed += computes
 
-    slow = Slow(patches.cases, patch_size=SIZE, sampler=patches.sampler, seed=3)
-    loader = DrawnAhead(slow, sampler(), 1)
+    clocks = SimpleNamespace(perf_counter=lambda: passed, thread_time=lambda: computed)
+    monkeypatch.setattr(drawn_ahead, "time", clocks)
+    loader = DrawnAhead(watched(patches, pass_time), sampler(), 1)
     batches = iter(loader)
     next(batches)
     assert (loader.still_ahead > 0) == ahead
@@ -130,15 +137,11 @@ def test_after_some_batches_one_is_drawn_when_it_is_needed(
     wait(monkeypatch, True)
     monkeypatch.setattr(drawn_ahead, "DRAWN_AHEAD", 2)
     by_thread: list[bool] = []
-    cut = PatchDataset.__getitem__
 
-    class Watched(PatchDataset):
-        def __getitem__(self, index: int) -> Patch:
-            by_thread.append(threading.current_thread() is not threading.main_thread())
-            return cut(self, index)
+    def note(index: int) -> None:
+        by_thread.append(threading.current_thread() is not threading.main_thread())
 
-    watched = Watched(patches.cases, patch_size=SIZE, sampler=patches.sampler, seed=3)
-    assert len(list(DrawnAhead(watched, sampler(), 1))) == 7
+    assert len(list(DrawnAhead(watched(patches, note), sampler(), 1))) == 7
     assert by_thread == [False, True, True, False, True, True, False]
 
 

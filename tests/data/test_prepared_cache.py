@@ -253,8 +253,7 @@ def test_processes_are_as_many_as_work_cores_and_memory_bear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = three_cases(tmp_path / "data")
-    for module in (store, case_processes):
-        monkeypatch.setattr(module, "num_cores", lambda: 8)
+    monkeypatch.setattr(case_processes, "num_cores", lambda: 8)
     monkeypatch.setattr(case_processes, "free_memory", lambda: 10**12)
     # RAS+ voxels of 0.7, 1.3 and 4 mm; at half of that along x, twice as many.
     finer = (0.35, 1.3, 4.0)

@@ -260,12 +260,12 @@ def test_a_ct_window_does_not_depend_on_the_number_of_processes(
     """More foreground values than a case may give, so that some are drawn."""
     dataset = read_dataset(datasets["ct"])
     config = small_config(datasets["ct"], data={"normalisation": None})
-    monkeypatch.setattr("segkit.training.resolve.VALUES_FOR_WINDOW", 100)
-    monkeypatch.setattr("segkit.training.resolve.FEWEST_VALUES", 30)
+    monkeypatch.setattr("segkit.training.ct_window.VALUES_FOR_WINDOW", 100)
+    monkeypatch.setattr("segkit.training.ct_window.FEWEST_VALUES", 30)
     alone = resolve(config, dataset, runs=tmp_path).data.normalisation
-    monkeypatch.setattr("segkit.training.resolve.reading_processes", lambda *_: 2)
+    monkeypatch.setattr("segkit.training.ct_window.reading_processes", lambda *_: 2)
     assert resolve(config, dataset, runs=tmp_path).data.normalisation == alone
-    monkeypatch.setattr("segkit.training.resolve.VALUES_FOR_WINDOW", 10**6)
+    monkeypatch.setattr("segkit.training.ct_window.VALUES_FOR_WINDOW", 10**6)
     (drawn,), (whole,) = (
         alone or [],
         resolve(config, dataset, runs=tmp_path).data.normalisation or [],

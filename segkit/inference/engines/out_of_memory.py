@@ -53,8 +53,7 @@ class MemoryFallbackEngine:
         else:
             logger.warning("out of GPU memory again; the network runs on the CPU")
             self.engine = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 class OneWindowEngine:
@@ -73,8 +72,7 @@ class OneWindowEngine:
                 return self.engine(windows, keys)
             except torch.OutOfMemoryError:
                 pass  # when this block ends, the memory of the failed call is free
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             self.one_by_one = len(windows) > 1
         each = [
             {key: output.clone() for key, output in self.engine(window, keys).items()}
@@ -110,6 +108,5 @@ class RowCombiner:
                 pass  # when this block ends, the memory of the failed call is free
             logger.warning("out of GPU memory; labels are computed in host memory")
             self.on_host = True
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
         return self.combine([rows.on_host() for rows in members])
