@@ -228,7 +228,7 @@ class TrainerConfig(Section):
     devices: int | str | list[int] = 1
     precision: str | int = "auto"
     """`auto` means bf16-mixed or 16-mixed on a GPU. On a CPU it means bf16-mixed if the CPU has
-    matrix units for it (AMX), and 32-true if not."""
+    instructions for it (AMX or AVX512-BF16), and 32-true if not."""
     strategy: str = "auto"
     num_nodes: Positive = 1
     max_time: Annotated[str, Field(pattern=r"^\d+:\d\d:\d\d:\d\d$")] | None = None

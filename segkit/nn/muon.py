@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
+
+from segkit.nn.adamw import fused_adamw, order_moments
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """The coefficients of Jordan's (2024) polynomial, which has the highest possible slope at 0."""
-AT_ONCE = 3
+AT_ONCE = 5
 """Number of iterations that are computed without the matrix itself."""
 LEAST_NORM = 1e-7
 """A matrix is divided by its norm, or by this if the norm is less."""
@@ -41,7 +43,6 @@ class MuonForKernels(Optimizer):
         iterations: number of iterations of Newton and Schulz.
         betas: decays of AdamW.
         eps: epsilon of AdamW.
-        fused: whether AdamW updates its weights in one GPU kernel.
     """
 
     def __init__(
@@ -55,7 +56,6 @@ class MuonForKernels(Optimizer):
         iterations: int = 5,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        fused: bool | None = None,
     ) -> None:
         held = list(parameters)
         kernels = [each for each in held if is_kernel(each)]
@@ -63,9 +63,10 @@ class MuonForKernels(Optimizer):
         shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         own = {"momentum": momentum, "nesterov": nesterov, "iterations": iterations}
         # AdamW refuses an empty list, and an empty group has no use.
-        self.adamw = AdamW(others, betas=betas, eps=eps, fused=fused, **shared) if others else None
+        self.adamw = fused_adamw(others, betas=betas, eps=eps, **shared) if others else None
         groups = [{"params": kernels, **shared, **own}] if kernels else []
         super().__init__([*groups, *(self.adamw.param_groups if self.adamw else [])], {})
+        self.register_load_state_dict_post_hook(order_moments)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -94,10 +95,13 @@ class MuonForKernels(Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(kernel)
             mean = state["momentum_buffer"].lerp_(kernel.grad, 1 - momentum)
             step = kernel.grad.lerp(mean, momentum) if group["nesterov"] else mean
-            matrix = orthogonal(step.flatten(1), group["iterations"])
-            kernel.mul_(1 - rate * group["weight_decay"])
+            # Columns in the order of memory need no copy, and their order does not change the step.
+            axes = sorted(range(1, kernel.ndim), key=kernel.stride, reverse=True)
+            ordered = kernel.permute(0, *axes)
+            matrix = orthogonal(step.permute(0, *axes).flatten(1), group["iterations"])
             scale = RATE_OF_ADAMW * math.sqrt(max(matrix.shape))
-            kernel.add_(matrix.reshape(kernel.shape), alpha=-rate * scale)
+            ordered.mul_(1 - rate * group["weight_decay"])
+            ordered.add_(matrix.reshape(ordered.shape), alpha=-rate * scale)
 
 
 def is_kernel(weight: Tensor) -> bool:

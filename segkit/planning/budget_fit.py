@@ -111,7 +111,7 @@ def _without_tubes(setting: Setting) -> Setting:
 
 
 def fit_time(
-    setting: Setting, gigabytes: float, total: float, steps: Steps, *, on_cpu: bool
+    setting: Setting, gigabytes: float, total: float, steps: Steps, *, muon_cost: float | None
 ) -> Fit:
     """The fit for a total number of multiply-adds.
 
@@ -120,12 +120,13 @@ def fit_time(
         gigabytes: memory of the device, in 10⁹ bytes.
         total: number of multiply-adds in the whole training.
         steps: the numbers of steps that must fit.
-        on_cpu: whether the training is planned for a CPU, where Muon takes part of a step.
+        muon_cost: how long one of Muon's multiply-adds takes, in those of the network; None if the
+            plan is not for a CPU.
     """
     start = fit_memory(setting, gigabytes)
 
-    def cost(candidate: Topology, channels: tuple[int, ...], batch: int) -> int:
-        """Multiply-adds of a training step."""
+    def cost(candidate: Topology, channels: tuple[int, ...], batch: int) -> float:
+        """Multiply-adds of a training step, or its time in them."""
         work = step_work(
             batch_size=batch,
             channels=channels,
@@ -135,7 +136,7 @@ def fit_time(
             in_channels=setting.in_channels,
             num_classes=setting.num_classes,
         )
-        return planned_work(work, on_cpu=on_cpu)
+        return planned_work(work, muon_cost=muon_cost)
 
     def narrowed(candidate: Topology, width: int) -> tuple[int, ...]:
         num_levels = len(candidate.kernels)

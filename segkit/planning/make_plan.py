@@ -235,7 +235,7 @@ def _sections(
                 num_classes=len(task.dataset.labelling.outputs),
             ),
             own_schedule=task.own_schedule,
-            on_cpu=task.device.type == "cpu",
+            muon_cost=task.muon_cost,
         ),
         first_stage=first,
     )

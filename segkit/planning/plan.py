@@ -88,7 +88,7 @@ def plan_for_time(
     steps: Steps,
     multiply_adds_per_second: float,
     gigabytes: float = 8.0,
-    on_cpu: bool = True,
+    muon_cost: float | None = 1.0,
 ) -> Plan:
     """The plan for the memory, made smaller until enough training steps fit into the minutes.
 
@@ -105,12 +105,13 @@ def plan_for_time(
         steps: the numbers of steps that must fit.
         multiply_adds_per_second: speed of the device in training.
         gigabytes: memory of the device, in 10⁹ bytes.
-        on_cpu: whether the device is a CPU, where Muon takes part of a step.
+        muon_cost: how long one of Muon's multiply-adds takes, in those of the network; None if the
+            device is not a CPU.
 
     Raises:
         DatasetError: the cases have fewer axes than the plan.
     """
-    fit, fit_memory = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes, on_cpu)
+    fit, fit_memory = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes, muon_cost)
     return _plan(numbers, spatial_dims, fit, fit_memory)
 
 
@@ -121,7 +122,7 @@ def coarse_plan_for_time(
     steps: Steps,
     multiply_adds_per_second: float,
     gigabytes: float = 8.0,
-    on_cpu: bool = True,
+    muon_cost: float | None = 1.0,
 ) -> Plan | None:
     """A 3D plan of one stage at a coarser spacing, at which a patch covers a quarter of an image.
 
@@ -131,7 +132,7 @@ def coarse_plan_for_time(
         None if a patch covers a quarter at full resolution already, or if the coarser grid would
         save less than half of the voxels, or if the cases are single slices.
     """
-    fit, _ = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes, on_cpu)
+    fit, _ = _fits(minutes * 60 * multiply_adds_per_second, steps, gigabytes, muon_cost)
     if flat_axis(numbers) is not None:
         return None
     _, setting = _target(numbers, 3)
@@ -140,7 +141,7 @@ def coarse_plan_for_time(
 
 
 def _fits(
-    total: float, steps: Steps, gigabytes: float, on_cpu: bool
+    total: float, steps: Steps, gigabytes: float, muon_cost: float | None
 ) -> tuple[Callable[[Setting], Fit], Callable[[Setting], Fit]]:
     """The fit for a total of multiply-adds, and the fit for the memory.
 
@@ -148,10 +149,10 @@ def _fits(
         total: number of multiply-adds in the whole training.
         steps: the numbers of steps that must fit.
         gigabytes: memory of the device, in 10⁹ bytes.
-        on_cpu: whether the device is a CPU.
+        muon_cost: how long one of Muon's multiply-adds takes, in those of the network.
     """
     return (
-        lambda setting: fit_time(setting, gigabytes, total, steps, on_cpu=on_cpu),
+        lambda setting: fit_time(setting, gigabytes, total, steps, muon_cost=muon_cost),
         lambda setting: fit_memory(setting, gigabytes),
     )
 

@@ -16,7 +16,6 @@ from segkit.nn.normalisation import order_for
 from segkit.planning.planning_task import PlanningTask
 from segkit.planning.speed import CPU, step_seconds
 from segkit.system.core_share import CoreShare
-from segkit.system.resources import precision_of
 
 STEP_OF = ("channels", "labels", "regions", "network", "slices", "patch_size", "first_stage")
 """Parts of a description that, with the batch size, decide how long a step takes."""
@@ -44,8 +43,7 @@ def measured_window(task: PlanningTask, config: Config, description: ModelDescri
     Raises:
         TrainingError: the GPU's memory is too small for it.
     """
-    precision = str(precision_of(task.device))
-    about = {"what": "window", "precision": precision, **_about(config, description)}
+    about = {"what": "window", **_about(config, description)}
     return _measured(task, about, partial(seconds_of_windows, description, task.device))
 
 

@@ -24,10 +24,11 @@ from segkit.planning.plan import (
     plan_for_memory,
     plan_for_time,
 )
+from segkit.planning.planned_optimiser import COST_IN_HALF
 from segkit.planning.schedule import MOST_VALIDATIONS, Schedule
 from segkit.planning.speed import Figures, multiply_adds_per_second
 from segkit.system.progress import Track
-from segkit.system.resources import choose_device, free_memory_of, limit_threads
+from segkit.system.resources import choose_device, free_memory_of, limit_threads, precision_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,17 @@ class PlanningTask:
         """The minutes that are left when training begins; a plan counts on half of all at least."""
         return max(self.minutes - self.spent / 60, self.minutes / 2)
 
+    @property
+    def muon_cost(self) -> float | None:
+        """How long one of Muon's multiply-adds takes, in those of the network.
+
+        None on a GPU, for which no plan has Muon.
+        """
+        if self.device.type != "cpu":
+            return None
+        half = self.timed and precision_of(self.device) != torch.float32
+        return COST_IN_HALF if half else 1.0
+
     def draft(self) -> Schedule:
         """nnU-Net's own schedule, or a provisional one until steps are timed."""
         why = "nnU-Net's 1000 epochs of 250 steps."
@@ -99,7 +111,7 @@ class PlanningTask:
                 steps=self.steps,
                 multiply_adds_per_second=speed,
                 gigabytes=self.gigabytes,
-                on_cpu=self.device.type == "cpu",
+                muon_cost=self.muon_cost,
             )
             if coarse is not None:
                 return coarse
@@ -110,7 +122,7 @@ class PlanningTask:
             steps=self.steps,
             multiply_adds_per_second=speed,
             gigabytes=self.gigabytes,
-            on_cpu=self.device.type == "cpu",
+            muon_cost=self.muon_cost,
         )
 
     def stage(self) -> "tuple[PlanningTask, Plan]":

@@ -14,6 +14,7 @@ from torch import Tensor
 from segkit.data.augment_spatial import Vary
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
+from segkit.nn.adamw import fused_adamw
 from segkit.nn.losses import deep_dice_cross_entropy
 from segkit.nn.muon import MuonForKernels
 from segkit.nn.network import SegmentationNetwork
@@ -70,11 +71,10 @@ def step_seconds(
     order_for(network, device)
     network.train()
     parameters = list(network.parameters())
-    fused = device.type == "cuda" or None
     optimiser: torch.optim.Optimizer = (
-        MuonForKernels(parameters, lr=RATE, weight_decay=0.0, fused=fused)
+        MuonForKernels(parameters, lr=RATE, weight_decay=0.0)
         if muon
-        else torch.optim.AdamW(parameters, lr=RATE, fused=fused)
+        else fused_adamw(parameters, lr=RATE)
     )
     half = precision_of(device)
     generator = torch.Generator().manual_seed(0)
@@ -134,9 +134,10 @@ def _seconds_on_free_cores(work: Callable[[], object], repeats: int) -> list[flo
 class Figures:
     """Measured values of this machine, stored in a JSON file, so that later plans use the same.
 
-    A stored value is used again only if the measurement, the processor, torch and its number of
-    threads are the same; on a GPU also the card and cuDNN. A value that was measured while other
-    programs used the cores is only kept by this object, so that a later plan measures again.
+    A stored value is used again only if the measurement, the processor, the precision of training,
+    torch and its number of threads are the same; on a GPU also the card and cuDNN. A value that was
+    measured while other programs used the cores is only kept by this object, so that a later plan
+    measures again.
     """
 
     file: Path
@@ -198,6 +199,7 @@ def _described(figure: Mapping[str, Any], device: torch.device) -> dict[str, Any
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "precision": str(precision_of(device)),
     }
     if device.type == "cuda":
         about["device"] = torch.cuda.get_device_name(device)

@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, PolynomialLR
 
 from segkit.config.training import SCHEDULE_OF, TrainConfig
+from segkit.nn.adamw import fused_adamw
 from segkit.nn.muon import MuonForKernels
 
 MakeOptimiser = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -34,7 +35,7 @@ def make_optimiser(config: TrainConfig) -> MakeOptimiser:
         case "muon":
             settings = {"momentum": muon.momentum, "nesterov": muon.nesterov}
             return partial(
-                _muon,
+                MuonForKernels,
                 lr=rate,
                 weight_decay=decay,
                 iterations=muon.iterations,
@@ -42,19 +43,7 @@ def make_optimiser(config: TrainConfig) -> MakeOptimiser:
                 **moments,
             )
         case "adamw":
-            return partial(_adamw, lr=rate, weight_decay=decay, **moments)
-
-
-def _adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> AdamW:
-    """AdamW; on a GPU it updates all weights in one kernel."""
-    held = list(parameters)
-    return AdamW(held, **settings, fused=all(each.is_cuda for each in held) or None)
-
-
-def _muon(parameters: Iterable[nn.Parameter], **settings: Any) -> MuonForKernels:
-    """Muon; on a GPU, its AdamW updates all weights that are not kernels in one GPU kernel."""
-    held = list(parameters)
-    return MuonForKernels(held, **settings, fused=all(each.is_cuda for each in held) or None)
+            return partial(fused_adamw, lr=rate, weight_decay=decay, **moments)
 
 
 def make_schedule(config: TrainConfig) -> MakeSchedule:

@@ -199,7 +199,7 @@ def check_precision(config: Config) -> None:
 def precision(config: Config) -> str | int:
     """Lightning's precision. `auto` becomes mixed precision if the device is faster in it.
 
-    On a CPU this needs matrix units; a CPU without them is 40 times slower in half precision.
+    On a CPU this needs instructions for bfloat16; without them, it is 40 times slower.
     """
     asked = config.trainer.precision
     if asked != "auto":

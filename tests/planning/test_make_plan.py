@@ -590,3 +590,24 @@ def test_too_little_memory_for_a_step_is_one_sentence(
     told = "memory is too small for a training step of a plan for 80 GB; plan for less with --mem"
     with pytest.raises(TrainingError, match=told):
         plan_dataset(dataset, cache=tmp_path / "c", device="cpu", gigabytes=80, minutes=1)
+
+
+@pytest.mark.parametrize(
+    ("device", "half", "timed", "expected"),
+    [
+        ("cpu", torch.float32, True, 1.0),
+        ("cpu", torch.bfloat16, True, 1.8),
+        ("cpu", torch.bfloat16, False, 1.0),
+        ("cuda", torch.bfloat16, True, None),
+    ],
+)
+def test_the_cost_of_muon_follows_the_precision_of_training(
+    device: str,
+    half: torch.dtype,
+    timed: bool,
+    expected: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("segkit.planning.planning_task.precision_of", lambda _: half)
+    task = SimpleNamespace(device=torch.device(device), timed=timed)
+    assert planning_task.PlanningTask.muon_cost.fget(task) == expected  # type: ignore[attr-defined]

@@ -43,6 +43,17 @@ def test_a_figure_of_the_processor_is_measured_once(
         assert measured(patch=(1, 2)) > 4.5
 
 
+def test_a_figure_in_another_precision_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    had(monkeypatch, 1.0)
+    values = iter([3.5, 4.5])
+    file = tmp_path / "speed.json"
+    for half, expected in [(torch.float32, 3.5), (torch.bfloat16, 4.5), (torch.float32, 3.5)]:
+        monkeypatch.setattr(speed, "precision_of", lambda _, half=half: half)
+        assert Figures(file).once({"what": "step"}, lambda: next(values)) == expected
+
+
 def test_a_figure_measured_on_busy_cores_is_only_for_this_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

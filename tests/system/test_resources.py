@@ -42,12 +42,21 @@ def test_auto_is_a_gpu_only_if_there_is_one(there: bool, monkeypatch: pytest.Mon
     assert choose_device("cuda:1") == torch.device("cuda", 1)
 
 
-@pytest.mark.parametrize("capabilities", [{"amx_bf16": True}, {"amx_bf16": False}, {}])
-def test_half_precision_pays_only_with_matrix_units(
-    capabilities: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, True),
+        ({"amx_bf16": False, "avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"amx_bf16": False, "avx512_bf16": False, "avx512_f": True, "avx2": True}, False),
+        ({}, False),
+    ],
+)
+def test_half_precision_pays_only_with_instructions_for_it(
+    capabilities: dict[str, bool], fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert bfloat16_is_fast() == capabilities.get("amx_bf16", False)
+    assert bfloat16_is_fast() == fast
 
 
 def test_memory_that_pytorch_keeps_for_its_next_tensors_is_free(

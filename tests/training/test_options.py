@@ -273,7 +273,7 @@ def test_an_image_with_nan_never_reaches_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "gpu", "bf16", "matrix_units", "expected"),
+    ("accelerator", "gpu", "bf16", "fast_bf16", "expected"),
     [
         ("auto", False, False, False, "32-true"),
         ("auto", False, False, True, "bf16-mixed"),
@@ -287,13 +287,13 @@ def test_half_precision_is_for_devices_that_are_faster_in_it(
     accelerator: str,
     gpu: bool,
     bf16: bool,
-    matrix_units: bool,
+    fast_bf16: bool,
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    monkeypatch.setattr(resolve, "bfloat16_is_fast", lambda: matrix_units)
+    monkeypatch.setattr(resolve, "bfloat16_is_fast", lambda: fast_bf16)
     config = small_config(Path("data"), trainer={"accelerator": accelerator, "precision": "auto"})
     assert precision(config) == expected
     asked = small_config(Path("data"), trainer={"accelerator": "cpu", "precision": "bf16-mixed"})

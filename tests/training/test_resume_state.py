@@ -31,7 +31,7 @@ from segkit.training.parts import prepare
 from segkit.training.resume import resume
 from segkit.training.resume_state import ResumeState
 from tests.small import small_config, small_dataset
-from tests.training.test_resume import StopAfter, StoppedError
+from tests.training.test_resume import StopAfter, StoppedError, weights
 
 
 def stopped(folder: Path, after: int = 5, **sections: Any) -> Path:
@@ -330,6 +330,25 @@ def test_a_run_that_was_moved_keeps_its_best_score(tmp_path: Path) -> None:
     done = resume(moved)
     key = "best_mean_dice_during_training"
     assert done.summary["validation"][key] >= float(best)
+
+
+def test_moments_in_the_order_of_a_gpu_go_on_to_the_same_weights(tmp_path: Path) -> None:
+    """On a CPU, weights and moments are stored channels last; on a GPU they may not be."""
+    run = stopped(tmp_path)
+    other = tmp_path / "other" / "small"
+    shutil.copytree(run, other)
+    content = checkpoint(other)
+    moved = 0
+    for kept in content["optimizer_states"][0]["state"].values():
+        for name, value in kept.items():
+            kept[name] = value.contiguous()
+            moved += kept[name].stride() != value.stride()
+    assert moved > 5
+    torch.save(content, other / "last.ckpt")
+    resume(run)
+    resume(other)
+    expected, found = weights(run), weights(other)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_run_of_a_gpu_goes_on_without_one(
