@@ -24,10 +24,21 @@ def fused_adamw(parameters: Iterable[Tensor], **settings: Any) -> AdamW:
     Example: `fused_adamw(network.parameters(), lr=3e-3, weight_decay=1e-2)`.
     """
     held = list(parameters)
-    fused = all(each.device.type in FUSED_DEVICES for each in held) or None
+    fused = all(_can_be_fused(each) for each in held) or None
     optimiser = AdamW(held, **settings, fused=fused)
     optimiser.register_load_state_dict_post_hook(order_moments)
     return optimiser
+
+
+def _can_be_fused(weight: Tensor) -> bool:
+    """Whether the kernel can update a weight: real numbers that fill their memory.
+
+    On a CPU the kernel would write between the elements of a weight that is a part of a larger
+    tensor, such as `weight[:, :1]`.
+    """
+    on_device = weight.device.type in FUSED_DEVICES and weight.is_floating_point()
+    # An empty copy keeps the strides if they leave no gap, and only then.
+    return on_device and torch.empty_like(weight, device="meta").stride() == weight.stride()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from segkit.errors import ModelError
+from segkit.errors import ModelError, printable
 from segkit.geometry.grid import Placement
 from segkit.nn.map_tap import MapInfo, maps_of
 from segkit.nn.unet import Supervised
@@ -84,20 +84,38 @@ class ExternalNetwork(nn.Module):
         return None
 
 
-def try_out(network: nn.Module, image: Tensor) -> None:
+def try_out(network: nn.Module, image: Tensor, *, in_bfloat16: bool = False) -> None:
     """Run a network once, and raise ModelError if it does not compute logits of the image.
 
     Args:
         network: a network; it does not change, and neither do the running means of its
             normalisation.
         image: an input (batch, channel, *space).
+        in_bfloat16: whether it is also run in mixed precision, as in training.
     """
     modes = {part: part.training for part in network.modules()}
     network.eval()
-    with torch.no_grad():  # not inference_mode: a module may keep tensors that it computes
-        network(image)
-    for part, mode in modes.items():
-        part.training = mode
+    try:
+        with torch.no_grad():  # not inference_mode: a module may keep tensors that it computes
+            network(image)
+            if in_bfloat16:
+                _try_in_bfloat16(network, image)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _try_in_bfloat16(network: nn.Module, image: Tensor) -> None:
+    """Run a network once in mixed precision. Raises ModelError if it cannot."""
+    try:
+        with torch.autocast(image.device.type, dtype=torch.bfloat16):
+            network(image)
+    except RuntimeError as error:
+        name = type(getattr(network, "module", network)).__name__
+        raise ModelError(
+            f"{name} computes logits in single precision, but in bfloat16, in which this device "
+            f"trains faster, it fails ({printable(str(error))}); set trainer.precision=32-true"
+        ) from error
 
 
 def _is_tensor(value: object) -> bool:

@@ -113,8 +113,9 @@ def orthogonal(matrix: Float[Tensor, "m n"], iterations: int) -> Float[Tensor, "
     """The matrix with its singular values set to about 1 (0.7 to 1.2 after five iterations).
 
     This is the iteration of Newton and Schulz with Jordan's coefficients, X <- (a + b G + c G^2) X
-    with G = X X^T, in float32 at least. On a CPU it is computed from G alone, see `_iterated`. On a
-    GPU, where float32 may be rounded to ten bits, each iteration begins with X, which corrects
+    with G = X X^T, in float32 at least. On a CPU it is computed from G alone, see `_iterated`.
+    Where products of float32 may be rounded to ten bits or fewer (on a GPU, or if
+    `torch.set_float32_matmul_precision` allows it), each iteration begins with X, which corrects
     rounding errors.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -122,11 +123,17 @@ def orthogonal(matrix: Float[Tensor, "m n"], iterations: int) -> Float[Tensor, "
     with torch.autocast(matrix.device.type, enabled=False):
         found = wide.to(exact)
         found = found / found.norm().clamp(min=LEAST_NORM)
-        at_once = 1 if matrix.is_cuda else AT_ONCE
+        at_once = AT_ONCE if _products_are_exact(matrix) else 1
         for done in range(0, iterations, at_once):
             found = _iterated(found, min(at_once, iterations - done))
     found = found.to(matrix.dtype)
     return found if matrix.shape[0] <= matrix.shape[1] else found.T
+
+
+def _products_are_exact(matrix: Tensor) -> bool:
+    """Whether matrix products keep all bits of float32."""
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return matrix.device.type == "cpu" and products.fp32_precision not in ("bf16", "tf32")
 
 
 def _iterated(wide: Float[Tensor, "m n"], iterations: int) -> Float[Tensor, "m n"]:

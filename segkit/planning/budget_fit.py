@@ -158,7 +158,7 @@ def fit_time(
         needed = cost(chosen, channels, batch)
         if needed <= total / wanted:
             break
-    budget = f"a step takes {_count(needed / 1e9, 3)} billion multiply-adds"
+    budget = f"a step takes the time of {_count(needed / 1e9, 3)} billion multiply-adds"
     if needed > total / wanted:
         budget += ", which is more than the time allows, but there is no smaller plan"
     patch = per_axis(chosen.patch_size)

@@ -15,6 +15,7 @@ from segkit.nn.network import SegmentationNetwork, weights_of
 from segkit.training.freezing import Freezing
 from segkit.training.module import SegmentationModule
 from segkit.training.parts import TrainingParts
+from segkit.training.resolve import in_bfloat16_on_cpu
 from segkit.training.time_budget import Deadline, TimeBudget
 from segkit.training.trainer import cases_per_validation, steps_between
 
@@ -22,7 +23,7 @@ RECORDED = {"network", "loss", "presence_loss"}
 """Parts that a recorded CUDA step contains."""
 
 
-def _network_of(parts: TrainingParts) -> SegmentationNetwork:
+def _network_of(parts: TrainingParts, config: Config) -> SegmentationNetwork:
     """The network to train. Raises ModelError if a replaced one does not fit the description."""
     network, description = parts.network, parts.description
     if "network" not in parts.replaced:
@@ -33,7 +34,8 @@ def _network_of(parts: TrainingParts) -> SegmentationNetwork:
         network = wrap_network(description, network).cpu()
     weights = weights_of(network)
     if description.network.given is not None:
-        try_out(network, torch.zeros(1, len(description.channels), *description.volume_patch))
+        image = torch.zeros(1, len(description.channels), *description.volume_patch)
+        try_out(network, image, in_bfloat16=in_bfloat16_on_cpu(config))
     elif {name: tuple(value.shape) for name, value in weights.state_dict().items()} != (
         weight_shapes(description)
     ):
@@ -71,7 +73,7 @@ def make_module(
     """The module that Lightning trains, with the parts' network, loss and optimiser."""
     settings = config.network
     head = None if settings.given else settings.attention.head
-    network, patterns = _network_of(parts), config.train.freeze
+    network, patterns = _network_of(parts, config), config.train.freeze
     freezing = Freezing(weights_of(network), patterns) if patterns else None
     notes = [each.told for each in (parts.taken_over, freezing) if each is not None]
     return SegmentationModule(

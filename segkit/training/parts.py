@@ -40,7 +40,14 @@ from segkit.training.make_loss import check_levels, make_loss
 from segkit.training.make_sampler import make_sampler
 from segkit.training.module import Loss, PresenceLoss
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule, make_optimiser, make_schedule
-from segkit.training.resolve import check_images, check_plane, check_precision, describe, resolve
+from segkit.training.resolve import (
+    check_images,
+    check_plane,
+    check_precision,
+    describe,
+    in_bfloat16_on_cpu,
+    resolve,
+)
 from segkit.training.trackers import check_installed
 from segkit.training.validation import (
     PartlyLabelledScore,
@@ -320,7 +327,8 @@ def _network(
         network = build_network(description)
     else:
         network = wrap_network(description, module).cpu()
-        try_out(network, torch.zeros(1, len(description.channels), *patch_size))
+        image = torch.zeros(1, len(description.channels), *patch_size)
+        try_out(network, image, in_bfloat16=in_bfloat16_on_cpu(config))
     image = torch.zeros(1, description.channels_in, *patch_size)
     check_levels(config.train.loss, network, image)
     if config.train.start_from is None or begun:

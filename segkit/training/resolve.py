@@ -178,7 +178,8 @@ def check_precision(config: Config) -> None:
     """Check that segkit can train in the config's precision.
 
     Weights in half precision (`bf16-true`, `16-true`) are refused, because changes of less than
-    1/256 of a weight would be lost. `16-mixed` needs a GPU, because it scales the loss.
+    1/256 of a weight would be lost. `16-mixed` needs a GPU, because it scales the loss. A warning
+    tells of a CPU that is slow in bfloat16, on which a run of another machine may go on.
 
     Raises:
         ConfigError: the precision is refused.
@@ -194,6 +195,16 @@ def check_precision(config: Config) -> None:
             "trainer.precision is 16-mixed, with which PyTorch trains only on a GPU, but the "
             "device is the CPU; choose auto, 32-true or bf16-mixed"
         )
+    if in_bfloat16_on_cpu(config) and not bfloat16_is_fast():
+        logger.warning(
+            "trainer.precision is bf16-mixed, but this CPU has no instructions for bfloat16, so a "
+            "step can take 40 times as long as with trainer.precision=32-true"
+        )
+
+
+def in_bfloat16_on_cpu(config: Config) -> bool:
+    """Whether a config asks for a training in bfloat16, and it runs on a CPU."""
+    return config.trainer.precision == "bf16-mixed" and accelerator(config) == "cpu"
 
 
 def precision(config: Config) -> str | int:

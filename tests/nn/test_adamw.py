@@ -96,3 +96,42 @@ def test_the_step_of_a_weight_that_is_one_number_stays_a_count() -> None:
     optimiser.load_state_dict(copy.deepcopy(optimiser.state_dict()))
     step = optimiser.state[weight]["step"]
     assert step.dtype == torch.float32 and float(step) == 2
+
+
+def part_of_a_larger_tensor() -> nn.Parameter:
+    whole = torch.arange(24.0).reshape(2, 3, 2, 2)
+    return nn.Parameter(whole[:, :1])
+
+
+@pytest.mark.parametrize("make", [fused_adamw, lambda held, **s: MuonForKernels(held, **s)])
+def test_a_weight_that_is_part_of_a_larger_tensor_is_updated_alone(
+    make: Callable[..., Optimizer],
+) -> None:
+    """PyTorch's kernel would write to the elements between."""
+    found, expected = part_of_a_larger_tensor(), part_of_a_larger_tensor()
+    if make is not fused_adamw:  # not a kernel of Muon: one voxel
+        found, expected = (nn.Parameter(each[:, :, :1, 0].detach()) for each in (found, expected))
+    assert not found.is_contiguous() and found.untyped_storage().nbytes() == 24 * 4
+    train(make([found], lr=0.02, weight_decay=0.1), [found], range(4))
+    train(AdamW([expected], lr=0.02, weight_decay=0.1, foreach=False), [expected], range(4))
+    assert_close(found.detach(), expected.detach(), rtol=0, atol=1e-6)
+    storage = torch.empty(0).set_(found.untyped_storage())
+    assert torch.equal(storage[4:12], torch.arange(4.0, 12.0))
+
+
+def test_complex_weights_are_updated_by_pytorchs_loop() -> None:
+    found, expected = (nn.Parameter(torch.tensor([1 + 2j, 3 - 1j])) for _ in range(2))
+    for weight, make in [(found, fused_adamw), (expected, AdamW)]:
+        optimiser = make([weight], lr=0.1)
+        for _ in range(3):
+            optimiser.zero_grad()
+            (weight.abs() ** 2).sum().backward()
+            optimiser.step()
+    assert_close(found.detach(), expected.detach())
+
+
+def test_a_weight_whose_elements_share_memory_is_refused_as_by_pytorch() -> None:
+    weight = nn.Parameter(torch.ones(2, 1).expand(2, 4))
+    weight.grad = torch.ones(2, 4)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        fused_adamw([weight], lr=0.1).step()

@@ -1,5 +1,6 @@
 """Laws of modules that Python gives: trained, saved, read and asked as a U-Net is."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ from segkit.io.inputs import find_inputs
 from segkit.io.volume import read_volume
 from segkit.model.build import build_network, wrap_network
 from segkit.model.folder import described_model, load_model
-from segkit.training.fit import train
+from segkit.training.fit import Run, fit, train
+from segkit.training.parts import prepare
 from segkit.training.resume import resume
 from tests.small import small_config, small_dataset
 from tests.training.test_resume import StopAfter, StoppedError
@@ -200,6 +202,42 @@ def test_a_module_that_gives_no_logits_is_refused_and_leaves_no_run(
     with pytest.raises(ModelError, match=sentence):
         train(config, runs=tmp_path / "runs", network=Fixed(answer))
     assert not list((tmp_path / "runs").glob("small*"))
+
+
+class SinglePrecision(nn.Module):
+    """Writes the result of a convolution into a tensor of its input's type, by an index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(1, 2, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        output = image.new_zeros(len(image), 2, *image.shape[2:])
+        output[:, torch.tensor([1, 0])] = self.conv(image)
+        return output
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_module_that_fails_in_bfloat16_is_refused_with_what_to_set(
+    tmp_path: Path, replaced: bool
+) -> None:
+    config = config_for(small_dataset(tmp_path / "data"))
+
+    def fit_in(precision: str) -> Run:
+        trainer = config.trainer.model_copy(update={"precision": precision})
+        asked = config.model_copy(update={"trainer": trainer})
+        if not replaced:
+            return train(asked, runs=tmp_path / "runs", network=SinglePrecision())
+        parts = prepare(asked, runs=tmp_path / "runs", network=nn.Conv3d(1, 2, 1))
+        return fit(dataclasses.replace(parts, network=SinglePrecision()), runs=tmp_path / "runs")
+
+    with pytest.raises(
+        ModelError,
+        match=r"SinglePrecision computes logits in single precision, but in bfloat16, .* fails "
+        r"\(Index put requires .*\); set trainer.precision=32-true",
+    ):
+        fit_in("bf16-mixed")
+    assert fit_in("32-true").summary["steps"] > 0
 
 
 class Stateful(nn.Conv3d):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from segkit.config.training import TrainConfig
-from segkit.nn.muon import COEFFICIENTS, MuonForKernels, is_kernel, orthogonal
+from segkit.nn.muon import COEFFICIENTS, MuonForKernels, _iterated, is_kernel, orthogonal
 from segkit.training.optimisers import make_optimiser, make_schedule
 
 
@@ -67,6 +67,36 @@ def test_rounding_errors_of_a_gradient_of_low_rank_do_not_grow(iterations: int) 
     assert found.isfinite().all() and values.max() < 1.3 and values[:8].min() > 0.5
     if iterations == 5:
         assert (found - exact).norm() < 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("allowed", ["high", "medium"])
+def test_products_in_fewer_bits_do_not_spoil_the_steps(
+    allowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning advises this setting; CPUs with instructions for bfloat16 follow it.
+
+    Then each iteration begins with the matrix itself.
+    """
+    at_once: list[int] = []
+
+    def noted(wide: Tensor, iterations: int) -> Tensor:
+        at_once.append(iterations)
+        return _iterated(wide, iterations)
+
+    monkeypatch.setattr("segkit.nn.muon._iterated", noted)
+    matrix = torch.randn(128, 8, generator=torch.Generator().manual_seed(6)) @ torch.randn(
+        8, 1152, generator=torch.Generator().manual_seed(7)
+    )
+    exact = orthogonal(matrix, 5)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        found = orthogonal(matrix, 5)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert at_once == [5, 1, 1, 1, 1, 1]
+    assert torch.linalg.svdvals(found).max() < 1.3
+    assert (found - exact).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

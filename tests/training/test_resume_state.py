@@ -28,6 +28,7 @@ from segkit.training.changed_files import states_of, warn_of_changed_files
 from segkit.training.changed_settings import APPLIED, REFUSED, is_one_of
 from segkit.training.fit import train
 from segkit.training.parts import prepare
+from segkit.training.resolve import check_precision
 from segkit.training.resume import resume
 from segkit.training.resume_state import ResumeState
 from tests.small import small_config, small_dataset
@@ -490,6 +491,20 @@ def test_a_precision_that_is_not_trained_in_is_refused_before_anything_starts(
     with pytest.raises(ConfigError, match=f"trainer.precision is {precision}; choose auto, 32"):
         train(config, runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_that_is_slow_in_bfloat16_is_told(
+    fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that began on another machine may go on here."""
+    monkeypatch.setattr("segkit.training.resolve.bfloat16_is_fast", lambda: fast)
+    for asked in ("bf16-mixed", "32-true", "auto"):
+        caplog.clear()
+        section = {"accelerator": "cpu", "precision": asked}
+        check_precision(small_config(Path("data"), trainer=section))
+        told = "a step can take 40 times as long as with trainer.precision=32-true" in caplog.text
+        assert told == (asked == "bf16-mixed" and not fast)
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "auto"])
