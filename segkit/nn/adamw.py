@@ -12,7 +12,7 @@ FUSED_DEVICES = {"cpu", "cuda"}
 
 
 def fused_adamw(parameters: Iterable[Tensor], **settings: Any) -> AdamW:
-    """PyTorch's AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), in one kernel where possible.
+    """PyTorch's AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), in one kernel if possible.
 
     On a CPU this takes a quarter to a half of the time of PyTorch's default. The loaded moments of
     a checkpoint are stored in the order of the weights, see `order_moments`.

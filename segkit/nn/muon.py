@@ -114,9 +114,9 @@ def orthogonal(matrix: Float[Tensor, "m n"], iterations: int) -> Float[Tensor, "
 
     This is the iteration of Newton and Schulz with Jordan's coefficients, X <- (a + b G + c G^2) X
     with G = X X^T, in float32 at least. On a CPU it is computed from G alone, see `_iterated`.
-    Where products of float32 may be rounded to ten bits or fewer (on a GPU, or if
-    `torch.set_float32_matmul_precision` allows it), each iteration begins with X, which corrects
-    rounding errors.
+    If products of float32 may be rounded to ten bits or fewer (on a GPU, or because of
+    `torch.set_float32_matmul_precision`), each iteration begins with X, which corrects rounding
+    errors.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     exact = torch.promote_types(matrix.dtype, torch.float32)

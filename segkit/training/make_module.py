@@ -2,7 +2,6 @@
 
 import copy
 
-import torch
 from lightning.pytorch.callbacks import Callback
 
 from segkit.config.training import Config
@@ -10,12 +9,10 @@ from segkit.data.datamodule import SegmentationData
 from segkit.data.patches import PatchDataset
 from segkit.errors import ModelError
 from segkit.model.build import weight_shapes, wrap_network
-from segkit.nn.external import try_out
 from segkit.nn.network import SegmentationNetwork, weights_of
 from segkit.training.freezing import Freezing
 from segkit.training.module import SegmentationModule
-from segkit.training.parts import TrainingParts
-from segkit.training.resolve import in_bfloat16_on_cpu
+from segkit.training.parts import TrainingParts, check_module
 from segkit.training.time_budget import Deadline, TimeBudget
 from segkit.training.trainer import cases_per_validation, steps_between
 
@@ -34,8 +31,7 @@ def _network_of(parts: TrainingParts, config: Config) -> SegmentationNetwork:
         network = wrap_network(description, network).cpu()
     weights = weights_of(network)
     if description.network.given is not None:
-        image = torch.zeros(1, len(description.channels), *description.volume_patch)
-        try_out(network, image, in_bfloat16=in_bfloat16_on_cpu(config))
+        check_module(network, config, description)
     elif {name: tuple(value.shape) for name, value in weights.state_dict().items()} != (
         weight_shapes(description)
     ):

@@ -327,8 +327,7 @@ def _network(
         network = build_network(description)
     else:
         network = wrap_network(description, module).cpu()
-        image = torch.zeros(1, len(description.channels), *patch_size)
-        try_out(network, image, in_bfloat16=in_bfloat16_on_cpu(config))
+        check_module(network, config, description)
     image = torch.zeros(1, description.channels_in, *patch_size)
     check_levels(config.train.loss, network, image)
     if config.train.start_from is None or begun:
@@ -340,6 +339,18 @@ def _network(
         other_channels=config.train.other_channels,
     )
     return network, taken_over
+
+
+def check_module(
+    network: SegmentationNetwork, config: Config, description: ModelDescription
+) -> None:
+    """Run a user's network once on a window, also in bfloat16 if a CPU trains it so.
+
+    Raises:
+        ModelError: it does not compute logits of the window.
+    """
+    window = torch.zeros(1, len(description.channels), *description.volume_patch)
+    try_out(network, window, in_bfloat16=in_bfloat16_on_cpu(config))
 
 
 def _stored(
