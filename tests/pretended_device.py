@@ -7,7 +7,7 @@
 Every operation is computed on the CPU. Tensors of the device say that they are elsewhere, so that a
 tensor that was left on the host is a mismatch, and each answer that the host asks of the device (a
 number, a shape that depends on values, a copy that blocks) is a wait. Both are counted by the line
-of segkit that asked.
+of segkit that asked. A `HostCopy` is no wait; when its values are read is kept in `reads`.
 """
 
 import contextlib
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from segkit.system.host_copy import HostCopy
 
 DEVICE = torch.device("meta")
 ANSWERS = {
@@ -75,6 +77,8 @@ class Pretended(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.mismatches: Counter[str] = Counter()
         self.operations = 0
+        self.reads: list[int] = []
+        """The number of operations before each reading of a `HostCopy`."""
 
     def put(self, values: Tensor) -> Tensor:
         """A tensor's copy on the device."""
@@ -165,5 +169,15 @@ def pretended() -> Iterator[Pretended]:
     of_synthesis = mock.patch(
         "segkit.data.synthesis.generator_on", lambda device, generator: generator
     )
-    with mock.patch("torch.autocast", _Autocast), host_generator, of_synthesis, device:
+
+    def start(copy: HostCopy, tensor: Tensor) -> None:
+        copy.event = None
+        copy.held = tensor.values.clone() if isinstance(tensor, Held) else tensor
+
+    def values(copy: HostCopy) -> Tensor:
+        device.reads.append(device.operations)
+        return copy.held
+
+    late = mock.patch.multiple(HostCopy, __init__=start, values=values)
+    with mock.patch("torch.autocast", _Autocast), host_generator, of_synthesis, late, device:
         yield device

@@ -58,12 +58,14 @@ class ChannelStatistics:
 
     def add(self, key: str, window_maps: Float[Tensor, "batch channel *ones"]) -> None:
         """Add the maps of a batch of windows."""
-        vectors = window_maps.amax(tuple(range(2, window_maps.ndim))).cpu()
+        # They stay on the device, because a copy of each would make a GPU wait.
+        vectors = window_maps.amax(tuple(range(2, window_maps.ndim)))
         self.windows.setdefault(key, []).append(vectors)
 
     def result(self, info: MapInfo, seen: Grid) -> AttentionMap:
         """Mean and standard deviation of one map."""
-        vectors = torch.cat(self.windows[info.key]).double().cpu()
+        # If GPU memory ran out, some are on the host.
+        vectors = torch.cat([each.cpu() for each in self.windows[info.key]]).double()
         mean, std = vectors.mean(dim=0), vectors.std(dim=0, correction=0)
         return AttentionMap(info, None, seen, mean.numpy(), std.numpy())
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from segkit.inference.engines.choose import name_of
+from segkit.inference.model_walk import ModelWalk
 from segkit.inference.predictor import Predictor
 from segkit.io.checksums import checksums
 from segkit.model.folder import Model, checksums_of
@@ -33,9 +34,15 @@ def made_by(
     return {
         **asked,
         "inputs": checksums(inputs),
-        "engines": [name_of(member.engine) for member in predictor.members],
+        "engines": [_engine_of(member) for member in predictor.members],
         "versions": versions(),
     }
+
+
+def _engine_of(member: ModelWalk) -> str:
+    name = name_of(member.engine)
+    overflowed = member.precision != member.settings.precision
+    return f"{name}, in float32 because float16 overflowed" if overflowed else name
 
 
 def _model(model: Model) -> dict[str, Any]:

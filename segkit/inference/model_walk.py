@@ -1,6 +1,7 @@
 """Run one model over a volume: lay out its windows, run them, and yield rows of the volume."""
 
 import itertools
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from segkit.inference.attention_maps import MapCollector
 from segkit.inference.empty_windows import empty_windows
 from segkit.inference.engines.choose import EngineName, choose_engine, is_converted
 from segkit.inference.engines.torch_eager import LOGITS, PRESENCE, Engine, windows_at_once
+from segkit.inference.finite_watch import FiniteWatch
 from segkit.inference.mirrors import SPREAD, Mirrored, mirrored_map
 from segkit.inference.source_rows import WALK_AXIS, SourceRows, to_source_rows
 from segkit.inference.windows import Slab, WindowFunction, WindowLayout, WindowPlace, stream
@@ -35,6 +37,8 @@ SHARE_FOR_IMAGE = 0.25
 """Share of a GPU's free memory that an image may use, on the volume's and the network's grid."""
 UNLIKELY = -30.0
 """Logit of each class but the background, or of each region, at voxels without any window."""
+
+logger = logging.getLogger(__name__)
 
 TrackSlabs = Callable[[Iterable[Slab], int], Iterable[Slab]]
 
@@ -94,6 +98,10 @@ class PredictionSettings:
         }
 
 
+class Float16OverflowError(ModelError):
+    """A network's output contains NaN or infinity, but its arithmetic was in float16."""
+
+
 class ModelWalk:
     """One model of a predictor, with its engine and its layout of windows."""
 
@@ -102,10 +110,10 @@ class ModelWalk:
         settings = settings.with_precision()
         assert settings.precision is not None
         self.model = model
+        self.settings = settings
         self.device = choose_device(settings.device)
-        self.engine: Engine = choose_engine(
-            settings.engine, model, device=settings.device, precision=settings.precision
-        )
+        self.precision = settings.precision
+        self.engine = self._engine()
         self.layout = layout_of(model, settings.overlap)
         if self.device.type == "cpu":
             check_windows(model.description, self.layout.patch_size)
@@ -116,12 +124,40 @@ class ModelWalk:
         # Recording changes the network, which several threads may share.
         self.lock = threading.Lock()
 
+    def _engine(self) -> Engine:
+        return choose_engine(
+            self.settings.engine,
+            self.model,
+            device=self.settings.device,
+            precision=self.precision,
+        )
+
     def _windows_at_once(self) -> int:
         """The batch size that is fastest. Converted engines gain nothing from several windows."""
         if is_converted(self.engine):
             return 1
         patch_size = self.model.description.volume_patch
-        return windows_at_once(self.model.network, self.device, patch_size)
+        return windows_at_once(self.model.network, self.device, patch_size, self.precision)
+
+    def use_float32(self) -> None:
+        """Compute in float32 from now on, because outputs overflow float16."""
+        if self.precision == torch.float32:  # another thread was first
+            return
+        logger.warning(
+            "the outputs of %s overflow float16; it is computed in float32 from now on",
+            self.model.description.run,
+        )
+        self.precision = torch.float32
+        self.engine = self._engine()
+
+    def logits(self, windows: Tensor) -> Tensor:
+        """Logits of windows; in float32 if they overflow float16. A GPU makes the host wait."""
+        with self.lock:
+            logits = self.engine(windows, ())[LOGITS]
+            if self.precision == torch.float16 and not bool(logits.isfinite().all()):
+                self.use_float32()
+                logits = self.engine(windows, ())[LOGITS]
+        return logits
 
     @property
     def preparation(self) -> str:
@@ -211,6 +247,10 @@ class ModelWalk:
 
         Yields:
             The first row, and the rows.
+
+        Raises:
+            Float16OverflowError: an output contains NaN or infinity in float16.
+            ModelError: an output contains NaN or infinity in another precision.
         """
         spreads = uncertainty and len(self.mirror_axes) > 0
         layout = self.layout_for(prepared.grid.shape)
@@ -229,7 +269,7 @@ class ModelWalk:
             unseen={LOGITS: self.background(spreads=spreads), **maps.unseen()},
         )
         return to_source_rows(
-            self._logits_of(track(slabs, len(starts[WALK_AXIS])), maps),
+            self._logits_of(track(slabs, len(starts[WALK_AXIS])), maps, presence),
             prepared,
             written=self.model.description.labelling.written,
             with_spread=spreads,
@@ -277,25 +317,32 @@ class ModelWalk:
             background[0] = 0
         return torch.cat([background, torch.zeros(1)]) if spreads else background
 
-    def _logits_of(self, slabs: Iterable[Slab], maps: MapCollector) -> Iterator[Tensor]:
-        """The logits of each slab; `maps` collects its maps."""
+    def _logits_of(
+        self, slabs: Iterable[Slab], maps: MapCollector, presence: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        """The logits of each slab; `maps` collects its maps.
+
+        A slab is checked for NaN when the next one has been queued for the device, and presence
+        logits at the end.
+        """
+        finite, precision = FiniteWatch(), self.precision
         for slab in slabs:
+            self._check(finite, precision)
+            finite.add(slab.rows[LOGITS])
             maps.take_rows(slab)
             # Not kept in a variable, which would keep its memory while the next slab is made.
-            yield self._checked(slab.rows.pop(LOGITS))
+            yield slab.rows.pop(LOGITS)
+        for logits in presence:
+            finite.add(logits)
+        self._check(finite, precision)
 
-    def _checked(self, logits: Tensor) -> Tensor:
-        """The same logits. Raises ModelError if one is NaN or infinite."""
-        # A sum reads the logits once and copies nothing. The sum of huge numbers may overflow, so
-        # then each logit is checked, one row at once, because the check makes a copy.
-        if not bool(logits.sum().isfinite()) and not all(
-            bool(row.isfinite().all()) for row in logits.movedim(-1, 0)
-        ):
-            raise ModelError(
+    def _check(self, finite: FiniteWatch, precision: torch.dtype) -> None:
+        if not finite.all_finite():
+            kind = Float16OverflowError if precision == torch.float16 else ModelError
+            raise kind(
                 f"{self.model.description.run}: the network's output contains NaN or infinity; "
                 f"predict in float32, or train it again"
             )
-        return logits
 
 
 def window_layout(

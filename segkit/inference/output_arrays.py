@@ -1,17 +1,21 @@
 """Result arrays on the volume's own grid, filled row by row."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Integer
 from numpy import ndarray
 from torch import Tensor
 
 from segkit.data.preprocess import Prepared
+from segkit.geometry.memory_order import slowest_first
 from segkit.io.disk_arrays import Allocate, release
 from segkit.io.volume import Volume
+from segkit.system.host_copy import HostCopy
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,3 +69,36 @@ class Results:
             return None
         back = self.prepared.orientation.turn_back(self.arrays[name])
         return self.source.like(back if back.shape[3] > 1 else back[..., 0])
+
+
+class LateLabels:
+    """Writes rows of labels into an array, each when the next ones are queued for the device.
+
+    So a GPU computes while the host writes. The device converts and sorts the labels first, so that
+    less is copied, and in the order in memory.
+
+    Args:
+        target: the array, which may be a view of any strides.
+    """
+
+    def __init__(self, target: Integer[ndarray, "x y z"]) -> None:
+        self.target = target
+        self.pending: deque[tuple[slice, HostCopy]] = deque()
+
+    def put(self, rows: slice, labels: Integer[Tensor, "x y rows"]) -> None:
+        """Start to copy the labels of some rows, and write those of the call before."""
+        order = slowest_first(self.target.strides)
+        small = torch.uint8 if self.target.dtype.itemsize == 1 else torch.int32
+        self.pending.append((rows, HostCopy(labels.to(small).permute(order).contiguous())))
+        if len(self.pending) > 1:
+            self._write()
+
+    def finish(self) -> None:
+        """Write the labels that are left."""
+        while self.pending:
+            self._write()
+
+    def _write(self) -> None:
+        rows, labels = self.pending.popleft()
+        order = slowest_first(self.target.strides)
+        self.target[:, :, rows].transpose(order)[...] = labels.values().numpy()

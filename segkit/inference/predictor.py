@@ -12,13 +12,12 @@ component may span all slabs.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Integer
-from numpy import ndarray
 from torch import Tensor, nn
 
 from segkit.config.model import PostprocessingConfig
@@ -26,19 +25,19 @@ from segkit.data.first_stage_labels import majority
 from segkit.data.label_numbers import as_in_files, volume_within
 from segkit.data.preprocess import Prepared
 from segkit.errors import ModelError, SegkitError, VolumeError, counted
-from segkit.geometry.memory_order import slowest_first
 from segkit.inference import postprocess as components
 from segkit.inference.attention_maps import AttentionMap, MapCollector
 from segkit.inference.engines.out_of_memory import RowCombiner
 from segkit.inference.ensemble import MergedRows, merge
 from segkit.inference.model_walk import (
+    Float16OverflowError,
     ModelWalk,
     PredictionOptions,
     PredictionSettings,
     TrackSlabs,
     untracked_slabs,
 )
-from segkit.inference.output_arrays import Results
+from segkit.inference.output_arrays import LateLabels, Results
 from segkit.inference.source_rows import SourceRows, pieces
 from segkit.io.disk_arrays import Allocate, in_memory
 from segkit.io.nan_values import nan_as_zero, value_problem
@@ -199,7 +198,8 @@ class Predictor:
             uncertainty: return entropy and variance.
             allocate: makes the arrays of all results but the labels, such as `OnDisk(folder)`.
             track: `track(slabs, count)` returns the same slabs and may show progress. It is called
-                once for each volume, but not for a first stage.
+                once for each volume, but not for a first stage. (If outputs overflow float16, the
+                volume is predicted again in float32, and `track` is called again.)
             images: the result of `prepare_next` for the same volume, if there is one.
 
         Returns:
@@ -214,6 +214,43 @@ class Predictor:
         if images is None:
             volume = self.with_numbers(volume)
             images = self._prepare_all(volume, first_labels, on_device=True)
+        predict = partial(
+            self._predict,
+            volume,
+            images,
+            maps=maps,
+            disagreement=disagreement,
+            probabilities=probabilities,
+            uncertainty=uncertainty,
+            allocate=allocate,
+            track=track,
+        )
+        try:
+            return predict()
+        except Float16OverflowError:
+            pass  # when this block ends, the memory of the failed call is free
+        for member in self.members:
+            member.use_float32()
+        return predict()
+
+    def _predict(
+        self,
+        volume: Volume,
+        images: Sequence[Prepared],
+        *,
+        maps: bool,
+        disagreement: bool,
+        probabilities: bool,
+        uncertainty: bool,
+        allocate: Allocate,
+        track: TrackSlabs,
+    ) -> Prediction:
+        """The prediction from prepared images; `__call__` explains the arguments.
+
+        Raises:
+            Float16OverflowError: a network that runs in float16 gives NaN or infinity.
+            ModelError: another network does.
+        """
         first = images[0]
         infos = self.members[0].maps() if maps else {}
         collectors = [
@@ -249,9 +286,10 @@ class Predictor:
             alone = len(self.members) == 1 and not self.members[0].mirror_axes
             results.add("variance", np.dtype(np.float32), [np.nan if alone else 0.0])
         turned = first.orientation.turn(labels)[first.box]
+        late = LateLabels(turned)
         for start, merged in self._merged_rows(walks, probabilities, uncertainty):
             rows = slice(start, start + merged.labels.shape[-1])
-            put_labels(turned[:, :, rows], merged.labels)
+            late.put(rows, merged.labels)
             for name, values in (
                 ("probabilities", merged.probabilities),
                 ("entropy", merged.entropy),
@@ -260,6 +298,7 @@ class Predictor:
                 if values is not None:
                     results.put(name, rows, values if values.ndim == 4 else values[None])
             del merged, values
+        late.finish()
         adopted = self.postprocessing
         labels = components.apply(labels, adopted.largest_foreground, adopted.largest_of)
         return Prediction(
@@ -411,17 +450,6 @@ class Predictor:
                 f"the picture has {found_size}, but the model was trained on pictures {wanted}; "
                 f"set --pixel-size, such as '{'pixel' if unit == 'pixel' else '0.5 µm'}'"
             )
-
-
-def put_labels(target: Integer[ndarray, "x y z"], labels: Integer[Tensor, "x y z"]) -> None:
-    """Write labels into an array, which may be a view of any strides.
-
-    Their device converts and sorts them first, so that less is copied, and in the order in memory.
-    """
-    order = slowest_first(target.strides)
-    small = torch.uint8 if target.dtype.itemsize == 1 else torch.int32
-    sorted_labels = labels.to(small).permute(order).contiguous()
-    target.transpose(order)[...] = sorted_labels.cpu().numpy()
 
 
 def _check_alike(models: Sequence[Model]) -> None:

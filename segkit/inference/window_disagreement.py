@@ -28,7 +28,7 @@ class WindowSpread:
 
     def __init__(self, keys: Collection[str]) -> None:
         self.keys = keys
-        self.centres: dict[str, float] = {}
+        self.centres: dict[str, Tensor] = {}
         self.places: list[Sequence[int]] = []
         self.patch: Sequence[int] = ()
 
@@ -41,8 +41,8 @@ class WindowSpread:
         for key in self.keys:
             values = outputs[key].float()
             if key not in self.centres:
-                self.centres[key] = float(values.mean())
-            outputs[key + SQUARES] = (values - self.centres[key]) ** 2
+                self.centres[key] = values.mean()
+            outputs[key + SQUARES] = (values - self._centre(key, values)) ** 2
 
     def deviation(
         self,
@@ -51,7 +51,11 @@ class WindowSpread:
         squares: Float[Tensor, "channel *cells"],
     ) -> Float[Tensor, "channel *cells"]:
         """The standard deviation, from the blended map and the blended squares."""
-        return (squares - (mean - self.centres[key]) ** 2).clamp(min=0).sqrt()
+        return (squares - (mean - self._centre(key, mean)) ** 2).clamp(min=0).sqrt()
+
+    def _centre(self, key: str, values: Tensor) -> Tensor:
+        """The centre, where the values are: on the host if GPU memory ran out."""
+        return self.centres[key].to(values.device)
 
     def windows_over(
         self, shape: Sequence[int], stride: Sequence[float]

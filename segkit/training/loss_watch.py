@@ -4,10 +4,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from segkit.errors import TrainingError
+from segkit.system.host_copy import HostCopy
 
 MOST_PENDING = 50
 """Largest number of steps by which a loss may be late; then the check waits for it."""
@@ -19,8 +19,7 @@ class _Pending:
 
     step: int
     names: Sequence[str]
-    value: Tensor
-    arrived: torch.cuda.Event | None
+    value: HostCopy
 
 
 class LossWatch:
@@ -34,13 +33,7 @@ class LossWatch:
 
     def add(self, step: int, loss: Tensor, names: Sequence[str]) -> None:
         """Remember the loss of a step and the names of the cases in its batch."""
-        value, arrived = loss.detach(), None
-        if loss.device.type == "cuda":
-            value = torch.empty((), dtype=loss.dtype, pin_memory=True)
-            value.copy_(loss.detach(), non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self.pending.append(_Pending(step, names, value, arrived))
+        self.pending.append(_Pending(step, names, HostCopy(loss)))
 
     def check(self, *, wait: bool = False) -> None:
         """Check the losses that have arrived, or all losses if `wait` is true.
@@ -50,14 +43,13 @@ class LossWatch:
         """
         while self.pending:
             oldest = self.pending[0]
-            if oldest.arrived is not None and not oldest.arrived.query():
-                if not wait and len(self.pending) <= MOST_PENDING:
-                    return
-                oldest.arrived.synchronize()
+            if not (oldest.value.arrived or wait) and len(self.pending) <= MOST_PENDING:
+                return
             self.pending.popleft()
-            if not bool(oldest.value.isfinite()):
+            loss = oldest.value.values()
+            if not bool(loss.isfinite()):
                 raise TrainingError(
-                    f"the loss of step {oldest.step} is {float(oldest.value)}, with patches of "
+                    f"the loss of step {oldest.step} is {float(loss)}, with patches of "
                     f"{', '.join(oldest.names) or 'unnamed cases'}; check these images, lower "
                     f"train.learning_rate, or set trainer.precision to 32-true"
                 )

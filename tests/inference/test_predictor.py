@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -26,7 +25,7 @@ from segkit.inference.attention_maps import map_on_source
 from segkit.inference.engines.torch_eager import PRESENCE, TorchEngine
 from segkit.inference.model_walk import PredictionOptions
 from segkit.inference.predict_files import predict_files
-from segkit.inference.predictor import Predictor, put_labels
+from segkit.inference.predictor import Predictor
 from segkit.inference.segment_prepared import segment_prepared
 from segkit.inference.source_rows import WALK_AXIS, to_source_rows
 from segkit.inference.windows import WindowLayout, stream
@@ -497,17 +496,3 @@ def test_presence_is_the_same_with_maps_and_does_not_change_them() -> None:
     left, right = plain.maps["skip.1/gate"].volume, full.maps["skip.1/gate"].volume
     assert left is not None and right is not None
     assert_array_equal(left.data, right.data)
-
-
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
-def test_labels_are_put_into_arrays_of_any_order(order: Any, kind: Any) -> None:
-    labels = torch.randint(0, 200, (4, 5, 3))
-    whole = np.zeros((6, 5, 7), kind, order=order)
-    for target in (
-        whole[1:5, :, 2:5],
-        whole[1:5, ::-1, 2:5][::-1],
-        whole.transpose(0, 1, 2)[1:5, :, 4:],
-    ):
-        put_labels(target, labels)
-        np.testing.assert_array_equal(target, labels.numpy())

@@ -23,7 +23,6 @@ from jaxtyping import Bool, Float, Integer
 from numpy import ndarray
 from torch import Tensor
 
-from segkit.inference.engines.torch_eager import LOGITS
 from segkit.inference.model_walk import ModelWalk
 from segkit.inference.windows import WindowPlace, cut_window, window_weight
 from segkit.system.progress import Track, untracked
@@ -143,8 +142,7 @@ class SummedOutput:
             windows = torch.stack(
                 [cut_window(voxels, (0, 0, 0), self.patch_size) for _, voxels in batch]
             )
-            with self.member.lock:
-                outputs = self.member.engine(windows, ())[LOGITS]
+            outputs = self.member.logits(windows)
             for (number, _), output in zip(batch, outputs, strict=True):
                 share = self.windows[number]
                 chosen = output.flatten(1)[:, share.voxels.to(output.device).long()].cpu()

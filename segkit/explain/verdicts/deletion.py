@@ -192,10 +192,9 @@ class SoftDiceToFirst:
         return logits.sigmoid() if self.regions else logits.softmax(dim=0)
 
     def _walk(self, image: Tensor) -> Iterator[Slab]:
-        engine = self.member.engine
         return stream(
             image,
-            lambda windows: engine(windows, ()),
+            lambda windows: {LOGITS: self.member.logits(windows)},
             self.member.layout_for(image.shape[1:]),
             axis=WALK_AXIS,
             batch_size=self.member.batch_size,

@@ -7,9 +7,8 @@ out_of_memory  an engine that continues in host memory if GPU memory runs out
 choose         choice of an engine, by name or by rule
 """
 
-import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -27,8 +26,6 @@ WINDOWS_ON_GPU = 4
 """Windows that a GPU computes at once."""
 LARGE_ALONE = 20_480
 """The size above which PyTorch (2.13) convolves one sample on a CPU as fast as several."""
-
-logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -70,9 +67,10 @@ def run(
 class TorchEngine:
     """PyTorch without compilation, on any device; in mixed precision if `precision` is a half type.
 
-    If the outputs of a batch overflow float16, the batch is computed again in float32. Denormal
-    numbers are not flushed to zero: PyTorch could do so only in the calling thread, not in its
-    worker threads, and this would also affect NumPy.
+    Outputs that overflow float16 are infinite or NaN: the caller checks them, because a check here
+    would make the GPU wait for the host at each batch. Denormal numbers are not flushed to zero:
+    PyTorch could do so only in the calling thread, not in its worker threads, and this would also
+    affect NumPy.
     """
 
     def __init__(
@@ -85,7 +83,6 @@ class TorchEngine:
         self.network = network.to(device).eval()
         self.device = device
         self.precision = precision
-        self.overflowed = False
         self.first_width = _first_width(network)
 
     @torch.inference_mode()
@@ -96,51 +93,41 @@ class TorchEngine:
         if self.device.type == "cuda" and windows.device.type == "cpu":
             windows = windows.pin_memory()  # so that the copy is asynchronous
         windows = windows.to(self.device, non_blocking=True)
-        outputs = self._at(self.precision, windows, keys)
-        if self.precision == torch.float16 and not _all_finite(outputs):
-            if not self.overflowed:
-                logger.warning(
-                    "the network's outputs overflow float16; such windows are computed in float32"
-                )
-            self.overflowed = True
-            outputs = self._at(torch.float32, windows, keys)
+        half = self.precision != torch.float32
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=half):
+            outputs = self.compute(windows, keys)
         return {key: output.float() for key, output in outputs.items()}
 
     def compute(self, windows: Tensor, keys: Collection[str]) -> dict[str, Tensor]:
         """Outputs of `run` for windows on the engine's device."""
-        if len(windows) == 1 and _is_slow_alone(self.first_width, self.device, windows.shape[2:]):
+        if len(windows) == 1 and _is_slow_alone(
+            self.first_width, self.device, windows.shape[2:], self.precision
+        ):
             twice = run(self.network, windows.expand(2, -1, -1, -1, -1), keys)
             return {key: output[:1] for key, output in twice.items()}
         return run(self.network, windows, keys)
 
-    def _at(
-        self, precision: torch.dtype, windows: Tensor, keys: Collection[str]
-    ) -> dict[str, Tensor]:
-        half = precision != torch.float32
-        with torch.autocast(self.device.type, dtype=precision, enabled=half):
-            return self.compute(windows, keys)
 
-
-def _all_finite(outputs: Mapping[str, Tensor]) -> bool:
-    # A sum reads each output once and copies nothing; float32 holds any sum of float16.
-    sums = [output.sum(dtype=torch.float32) for output in outputs.values()]
-    return bool(torch.stack(sums).isfinite().all())
-
-
-def windows_at_once(network: nn.Module, device: torch.device, window: Sequence[int]) -> int:
+def windows_at_once(
+    network: nn.Module,
+    device: torch.device,
+    window: Sequence[int],
+    precision: torch.dtype = torch.float32,
+) -> int:
     """The number of windows in each call with which PyTorch segments a volume fastest.
 
     Args:
         network: the network.
         device: where it runs.
         window: size of a window in voxels.
+        precision: data type of the arithmetic.
 
     Returns:
-        4 on a GPU. On a CPU 2 if windows are small, else 1.
+        4 on a GPU. On a CPU 2 in single precision if windows are small, else 1.
     """
     if device.type == "cuda":
         return WINDOWS_ON_GPU
-    return 2 if _is_slow_alone(_first_width(network), device, window) else 1
+    return 2 if _is_slow_alone(_first_width(network), device, window, precision) else 1
 
 
 def _first_width(network: nn.Module) -> int:
@@ -149,12 +136,15 @@ def _first_width(network: nn.Module) -> int:
     return next((layer.out_channels for layer in layers), 0)
 
 
-def _is_slow_alone(first_width: int, device: torch.device, window: Sequence[int]) -> bool:
+def _is_slow_alone(
+    first_width: int, device: torch.device, window: Sequence[int], precision: torch.dtype
+) -> bool:
     """Whether one window of this size takes longer than two at once.
 
     For one small sample PyTorch (2.13) uses a convolution on a CPU that is about four times
     slower: one window of 32 x 40 x 32 voxels takes 0.35 s, but each of two takes 0.10 s. A sample
-    is small if the product of its channels and its first two sizes is.
+    is small if the product of its channels and its first two sizes is. In bfloat16, it uses the
+    same convolution for any number of samples.
     """
     size = first_width * math.prod(window[:2])
-    return device.type == "cpu" and 0 < size <= LARGE_ALONE
+    return device.type == "cpu" and precision == torch.float32 and 0 < size <= LARGE_ALONE
