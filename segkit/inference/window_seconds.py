@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from segkit.config.model import ModelDescription
+from segkit.inference.engines.torch_eager import is_slow_alone
 from segkit.inference.windows import window_starts
-from segkit.system.resources import precision_of
 
 TRIES, AT_ONCE = 3, 2
 OVERLAP = 0.5
@@ -53,24 +53,61 @@ def seconds_to_score(total: float, held_out: int, per_case: float, before: float
     return min(before + held_out * per_case, max(MOST_FOR_SCORING * total, one))
 
 
-def seconds_of_window(network: nn.Module, description: ModelDescription) -> float:
-    """Seconds of a window in a validation, which computes two at once; the fastest of some tries.
+def mean_windows(
+    counts: Sequence[int],
+    description: ModelDescription,
+    device: torch.device,
+    precision: torch.dtype,
+) -> float:
+    """Mean number of windows that are computed for a case.
 
-    On a GPU, the network runs in the precision that the GPU trains in.
+    If small windows are computed in pairs (`is_slow_alone`), an odd number takes as long as the
+    next even one.
+
+    Args:
+        counts: the number of windows of each case.
+        description: the description of the model.
+        device: where the network runs.
+        precision: data type of the arithmetic.
+    """
+    network = description.network
+    width = network.channels[0] if network.spatial_dims == 3 else 0
+    in_pairs = is_slow_alone(width, device, description.volume_patch, precision)
+    return sum(count + in_pairs * (count % 2) for count in counts) / len(counts)
+
+
+def scored_in(device: torch.device, trained_in: torch.dtype) -> torch.dtype:
+    """The precision of the final scores, as far as their time is concerned.
+
+    A CPU computes them in single precision. A GPU computes them in half precision, in float16,
+    which takes as long as the other half precision.
+
+    Args:
+        device: the device that trains.
+        trained_in: the precision of the training, and so of its validations.
+    """
+    return torch.float32 if device.type == "cpu" else trained_in
+
+
+def seconds_of_window(
+    network: nn.Module, description: ModelDescription, precision: torch.dtype
+) -> float:
+    """Seconds of a window, of two that are computed at once; the fastest of some tries.
 
     Args:
         network: the network, on its device; it does not change.
         description: the description of the model.
+        precision: data type of the arithmetic.
     """
     device = next(network.parameters()).device
     shape = (AT_ONCE, description.channels_in, *description.volume_patch)
-    windows, half = torch.zeros(shape, device=device), precision_of(device)
+    windows = torch.zeros(shape, device=device)
     on_gpu = device.type == "cuda"
     was_training, tries = network.training, []
     network.eval()
     with (
         torch.inference_mode(),
-        torch.autocast(device.type, dtype=half, enabled=on_gpu),
+        torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32),
     ):
         for _ in range(TRIES):
             started = time.perf_counter()
@@ -80,3 +117,26 @@ def seconds_of_window(network: nn.Module, description: ModelDescription) -> floa
             tries.append((time.perf_counter() - started) / AT_ONCE)
     network.train(was_training)
     return min(tries[1:])
+
+
+def seconds_of_case(
+    network: nn.Module,
+    description: ModelDescription,
+    counts: Sequence[int],
+    trained_in: torch.dtype,
+) -> tuple[float, float]:
+    """Mean seconds of a case: in a validation of the training, and in its final scores.
+
+    Args:
+        network: the network, on its device; it does not change.
+        description: the description of the model.
+        counts: the number of windows of each case.
+        trained_in: the precision of the training.
+    """
+    device = next(network.parameters()).device
+    seconds = {
+        precision: seconds_of_window(network, description, precision)
+        * mean_windows(counts, description, device, precision)
+        for precision in {trained_in, scored_in(device, trained_in)}
+    }
+    return seconds[trained_in], seconds[scored_in(device, trained_in)]

@@ -19,7 +19,7 @@ from segkit.data.case_groups import told_of_split
 from segkit.data.dataset import Dataset
 from segkit.data.split import Split, split_with
 from segkit.errors import counted, printable
-from segkit.inference.window_seconds import num_windows
+from segkit.inference.window_seconds import mean_windows, num_windows, scored_in
 from segkit.io.file_names import is_file_name
 from segkit.io.volume import read_picture_facts
 from segkit.io.volume_names import is_picture
@@ -171,7 +171,15 @@ def _seconds_to_label(task: PlanningTask, low: Planned) -> float:
     if task.own_schedule:
         return 0.0
     described = _described(task, low.config, with_labels=False)
-    return len(task.dataset.cases) * _seconds_of_case(task, low.plan, low.config, described)
+    _, scored = _precisions(task)
+    per_case = _seconds_of_case(task, low.plan, low.config, described, scored)
+    return len(task.dataset.cases) * per_case
+
+
+def _precisions(task: PlanningTask) -> tuple[torch.dtype, torch.dtype]:
+    """The data types in which a plan is trained, and in which it is scored."""
+    trained = precision_of(task.device) if task.timed else torch.bfloat16
+    return trained, scored_in(task.device, trained)
 
 
 def _planned(
@@ -254,32 +262,38 @@ def _schedule(
         place, per_step = "here", measured_step(task, config, description)
     else:
         place, per_step = LIKE, _estimated(plan, description)[0]
+    precision, scored = _precisions(task)
     return schedule_within(
         task.minutes,
         seconds_per_step=per_step,
-        seconds_per_case=_seconds_of_case(task, plan, config, description),
+        seconds_per_case=_seconds_of_case(task, plan, config, description, precision),
+        seconds_per_score=_seconds_of_case(task, plan, config, description, scored),
         held_out=held_out,
         spent=task.spent,
         preparing=seconds_to_prepare(task, description) if task.timed else 0.0,
         labelling=labelling,
-        precision=precision_of(task.device) if task.timed else torch.bfloat16,
+        precision=precision,
         place=place,
     )
 
 
 def _seconds_of_case(
-    task: PlanningTask, plan: Plan, config: Config, description: ModelDescription
+    task: PlanningTask,
+    plan: Plan,
+    config: Config,
+    description: ModelDescription,
+    precision: torch.dtype,
 ) -> float:
-    """Seconds of the prediction of a case, on average over the cases."""
+    """Seconds of the prediction of a case in a precision, on average over the cases."""
     if task.timed:
-        window = measured_window(task, config, description)
+        window = measured_window(task, config, description, precision)
     else:
         window = _estimated(plan, description)[1]
     numbers = task.fingerprint.numbers()
     sizes = rules.resampled_shapes(numbers.spacings, numbers.shapes, plan.spacing)
     patch, stride = description.volume_patch, description.volume_stride
     windows = [num_windows(size, patch, stride) for size in sizes]
-    return window * sum(windows) / len(windows)
+    return window * mean_windows(windows, description, task.device, precision)
 
 
 def _estimated(plan: Plan, description: ModelDescription) -> tuple[float, float]:

@@ -37,14 +37,17 @@ def measured_step(task: PlanningTask, config: Config, description: ModelDescript
     return _measured(task, about, partial(seconds_of_step, config, description, task.device))
 
 
-def measured_window(task: PlanningTask, config: Config, description: ModelDescription) -> float:
-    """Seconds of a window in a validation, measured on the task's device.
+def measured_window(
+    task: PlanningTask, config: Config, description: ModelDescription, precision: torch.dtype
+) -> float:
+    """Seconds of a window in a precision, measured on the task's device.
 
     Raises:
         TrainingError: the GPU's memory is too small for it.
     """
-    about = {"what": "window", **_about(config, description)}
-    return _measured(task, about, partial(seconds_of_windows, description, task.device))
+    about = {"what": "window", "in": str(precision), **_about(config, description)}
+    measure = partial(seconds_of_windows, description, task.device, precision)
+    return _measured(task, about, measure)
 
 
 def _about(config: Config, description: ModelDescription) -> dict[str, Any]:
@@ -67,12 +70,14 @@ def _measured(task: PlanningTask, about: dict[str, Any], measure: Callable[[], f
         ) from None
 
 
-def seconds_of_windows(description: ModelDescription, device: torch.device) -> float:
-    """Seconds of a window in a validation; on a CPU, on free cores."""
+def seconds_of_windows(
+    description: ModelDescription, device: torch.device, precision: torch.dtype
+) -> float:
+    """Seconds of a window in a precision; on a CPU, on free cores."""
     network = build_network(description).to(device)
     order_for(network, device)
     watch = CoreShare()
-    seconds = seconds_of_window(network, description)
+    seconds = seconds_of_window(network, description, precision)
     return seconds * watch.share() if device.type == "cpu" else seconds
 
 

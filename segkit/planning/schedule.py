@@ -33,6 +33,7 @@ def schedule_within(
     *,
     seconds_per_step: float,
     seconds_per_case: float,
+    seconds_per_score: float | None = None,
     held_out: int,
     spent: float = 0.0,
     preparing: float = 0.0,
@@ -45,7 +46,8 @@ def schedule_within(
     Args:
         minutes: time of the whole run.
         seconds_per_step: time of a training step.
-        seconds_per_case: time of a case in validations and in the final scores.
+        seconds_per_case: time of a case in validations.
+        seconds_per_score: time of a case in the final scores; None if it is the same.
         held_out: number of held-out cases.
         spent: seconds that are over when the training begins.
         preparing: seconds in which the cases are prepared, if they are many or large. At least a
@@ -57,7 +59,8 @@ def schedule_within(
     total = 60.0 * minutes
     count, cases = _validations(SHARE_OF_VALIDATION * total, seconds_per_case, held_out)
     validating = count * cases * seconds_per_case
-    scoring = seconds_to_score(total, held_out, seconds_per_case)
+    per_score = seconds_per_case if seconds_per_score is None else seconds_per_score
+    scoring = seconds_to_score(total, held_out, per_score)
     preparing = max(SHARE_OF_PREPARING * total, preparing) + labelling
     rest = total - spent - preparing - validating - scoring
     steps = max(int(rest / seconds_per_step), LEAST_STEPS)
@@ -84,9 +87,9 @@ def schedule_within(
         )
     elif not held_out:
         why += " No case is held out, so there are no scores."
-    if held_out and seconds_per_case > scoring:
+    if held_out and per_score > scoring:
         why += (
-            f" At least one case is scored, so the run takes about {seconds_per_case - scoring:.0f}"
+            f" At least one case is scored, so the run takes about {per_score - scoring:.0f}"
             f" s longer than its time."
         )
     if steps == LEAST_STEPS:

@@ -15,6 +15,7 @@ from segkit.data.augment_spatial import Vary
 from segkit.io.atomic import write_json
 from segkit.io.safe_text import read_json_object
 from segkit.nn.adamw import fused_adamw
+from segkit.nn.cpu_convolutions import right_convolutions
 from segkit.nn.losses import deep_dice_cross_entropy
 from segkit.nn.muon import MuonForKernels
 from segkit.nn.network import SegmentationNetwork
@@ -80,7 +81,8 @@ def step_seconds(
     generator = torch.Generator().manual_seed(0)
 
     def losses(image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(device.type, dtype=half, enabled=half != torch.float32):
+        half_precision = torch.autocast(device.type, dtype=half, enabled=half != torch.float32)
+        with half_precision, right_convolutions(device):
             levels = network.supervised(image).levels
         return (deep_dice_cross_entropy(levels, label, pool_batch=False),)
 

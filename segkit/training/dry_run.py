@@ -26,7 +26,7 @@ from segkit.data.preprocess import median_spacing
 from segkit.data.split import ALL_TRAIN, split_of
 from segkit.errors import counted
 from segkit.geometry.grid import Orientation
-from segkit.inference.window_seconds import num_windows, seconds_of_window
+from segkit.inference.window_seconds import num_windows, seconds_of_case
 from segkit.model.folder import Model
 from segkit.system.memory import in_words
 from segkit.system.only_errors import only_errors
@@ -35,7 +35,7 @@ from segkit.system.resources import peak_of_process
 from segkit.system.signals import advice_on_stop
 from segkit.training.fit import train
 from segkit.training.lightning_private import set_last_step
-from segkit.training.resolve import check_images, check_precision, precision
+from segkit.training.resolve import check_images, check_precision, computed_in, precision
 from segkit.training.time_budget import TimeBudget
 from segkit.training.time_limit import too_slow, wait_for_device
 from segkit.training.trackers import check_installed
@@ -71,6 +71,8 @@ class DryRun:
     """Number of steps that were measured, after those that warm up."""
     per_case: float
     """Estimated time of a held-out case in a validation, in seconds; 0 if none is held out."""
+    per_score: float
+    """The same in the final scores."""
     loss: float
     notes: tuple[str, ...] = ()
     """Sentences on weights that come from another model, and on frozen weights."""
@@ -97,6 +99,7 @@ class DryRun:
             total, before, schedule.steps, self.held_out, self.validations[1], every, clock=float
         )
         budget.per_case, budget.trained, budget.steps = self.per_case, self.seconds, 1
+        budget.scoring_factor = self.per_score / self.per_case if self.held_out else 1.0
         return max(round(budget.left / self.seconds), LEAST_STEPS)
 
     @property
@@ -111,8 +114,8 @@ class DryRun:
     def whole(self) -> float:
         """Estimated seconds of the whole run after preparing: steps, validations, final scores."""
         count, cases = self.validations
-        scored = count * cases + self.held_out
-        return self.config.train.steps * self.seconds + scored * self.per_case
+        validating = count * cases * self.per_case
+        return self.config.train.steps * self.seconds + validating + self.held_out * self.per_score
 
     def lines(self) -> list[str]:
         """The description as lines of text."""
@@ -276,6 +279,8 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
             track=track,
             dataset=replace(dataset, cases=_with_foreground(train_cases, dataset)),
         )
+    trained_in = computed_in(precision(config))
+    per_case, per_score = _seconds_of_case(run.model, watch.device, held_out, dataset, trained_in)
     return DryRun(
         config=config,
         description=run.model.description,
@@ -289,7 +294,8 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
         before=watch.before,
         seconds=watch.seconds,
         measured_steps=watch.measured_steps,
-        per_case=_seconds_of_case(run.model, watch.device, held_out, dataset),
+        per_case=per_case,
+        per_score=per_score,
         loss=watch.loss,
         notes=tuple(
             run.summary[name]["told"] for name in ("start_from", "freeze") if name in run.summary
@@ -298,16 +304,18 @@ def dry_run(config: Config, *, track: Track = untracked) -> DryRun:
 
 
 def _seconds_of_case(
-    model: Model, device: torch.device, cases: Sequence[CaseFiles], dataset: Dataset
-) -> float:
-    """Estimated seconds of a held-out case in a validation; 0 if none is held out."""
+    model: Model,
+    device: torch.device,
+    cases: Sequence[CaseFiles],
+    dataset: Dataset,
+    trained_in: torch.dtype,
+) -> tuple[float, float]:
+    """Estimated seconds of a held-out case in a validation, in the training's precision, and in
+    the final scores; 0 if none is held out."""
     if not cases:
-        return 0.0
+        return 0.0, 0.0
     description, network = model.description, model.network
     assert isinstance(network, nn.Module)
-    network.to(device)
-    per_window = seconds_of_window(network, description)
-    network.to("cpu")
     counts = []
     for case in cases[:READ]:
         grid = grid_of_case(case, dataset)
@@ -317,7 +325,10 @@ def _seconds_of_case(
             for n, own, wanted in zip(grid.shape, grid.spacing, description.spacing, strict=True)
         ]
         counts.append(num_windows(size, description.volume_patch, description.volume_stride))
-    return per_window * sum(counts) / len(counts)
+    network.to(device)
+    seconds = seconds_of_case(network, description, counts, trained_in)
+    network.to("cpu")
+    return seconds
 
 
 def _with_foreground(cases: Sequence[CaseFiles], dataset: Dataset) -> tuple[CaseFiles, ...]:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from segkit.data.augment_spatial import Vary
 from segkit.errors import ConfigError
+from segkit.nn.cpu_convolutions import right_convolutions
 from segkit.nn.gates import HardGate, anneal
 from segkit.nn.losses import presence_cross_entropy
 from segkit.nn.network import SegmentationNetwork
@@ -120,7 +121,8 @@ class SegmentationModule(L.LightningModule):
         self.compiled.begin(self._seconds_left, self.device)
         replayed = self._graphed(image, label)
         self.clipped = bool(replayed)
-        loss, *others = replayed or self.compiled(image, label)
+        with right_convolutions(self.device):
+            loss, *others = replayed or self.compiled(image, label)
         self.losses.add(self.global_step, loss, list(batch.get("name", ())))
         # If a step has several batches, this is the mean of the batches so far.
         self.losses_of_step = [*self.losses_of_step[:place], loss.detach()]

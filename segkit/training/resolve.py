@@ -220,6 +220,13 @@ def precision(config: Config) -> str | int:
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
+def computed_in(precision: str | int) -> torch.dtype:
+    """The data type in which a network trains with one of Lightning's precisions."""
+    if str(precision).startswith("bf16"):
+        return torch.bfloat16
+    return torch.float16 if str(precision).startswith("16") else torch.float32
+
+
 def accelerator(config: Config) -> str:
     """Lightning's accelerator. `auto` becomes a GPU if there is one, else the CPU."""
     asked = config.trainer.accelerator

@@ -30,9 +30,10 @@ from segkit.config.model import ModelDescription
 from segkit.config.training import LEAST_STEPS
 from segkit.data.prepared_cache import StoredCase
 from segkit.errors import counted
-from segkit.inference.window_seconds import num_windows, seconds_of_window, seconds_to_score
+from segkit.inference.window_seconds import num_windows, seconds_of_case, seconds_to_score
 from segkit.system.core_share import FREE, CoreShare
 from segkit.training.lightning_private import set_last_step, skip_validation
+from segkit.training.resolve import computed_in
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,9 @@ class TimeBudget:
         self.prepared = self.before
         self.trained = self.share = 0.0
         self.per_case = 0.0
-        """Seconds of a held-out case, on average."""
+        """Seconds of a held-out case in a validation, on average."""
+        self.scoring_factor = 1.0
+        """How much longer a case takes in the final scores, in single precision on a CPU."""
         self.relative_size = 1.0
         """Mean size of the cases of a validation, as a share of that of all held-out cases."""
         self.steps = self.advanced = 0
@@ -98,12 +101,13 @@ class TimeBudget:
     def for_scoring(self) -> float:
         """Seconds that are reserved for the final scores."""
         before = SECONDS_TO_CONVERT if self.scores_are_long else SECONDS_TO_SAVE
-        return seconds_to_score(self.seconds, self.held_out, self.per_case, before)
+        per_score = self.scoring_factor * self.per_case
+        return seconds_to_score(self.seconds, self.held_out, per_score, before)
 
     @property
     def scores_are_long(self) -> bool:
         """Whether the final scores take so long that the fastest engine pays."""
-        return self.held_out * self.per_case >= LONG_SCORING
+        return self.held_out * self.scoring_factor * self.per_case >= LONG_SCORING
 
     @property
     def rest(self) -> float:
@@ -224,17 +228,19 @@ class Deadline(Callback):
         self.budget.go_on(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the time of a window, to estimate the time of scoring."""
+        """Measure the time of a window, to estimate the time of validations and of scoring."""
         if self.cases:
             patch, stride = self.description.volume_patch, self.description.volume_stride
             counts = [num_windows(case.label.shape, patch, stride) for case in self.cases]
             mean = sum(counts) / len(counts)
             if validated := counts[: self.budget.validated]:
                 self.budget.relative_size = sum(validated) / len(validated) / mean
-            if not self.budget.per_case:
-                assert isinstance(pl_module.network, nn.Module)
-                seconds = seconds_of_window(pl_module.network, self.description)
-                self.budget.per_case = seconds * mean
+            assert isinstance(pl_module.network, nn.Module)
+            validating, scoring = seconds_of_case(
+                pl_module.network, self.description, counts, computed_in(trainer.precision)
+            )
+            self.budget.scoring_factor = scoring / validating
+            self.budget.per_case = self.budget.per_case or validating
         set_last_step(trainer, max(self.budget.expected_steps, trainer.global_step + 1))
         self.cores = CoreShare()
         self.budget.resume_clock()

@@ -180,8 +180,8 @@ def test_the_command_prints_it_and_leaves_no_run(
     monkeypatch.setattr(sys, "argv", ["segkit", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
         main()
-    out = capsys.readouterr().out
-    assert stop.value.code in (None, 0)
+    out, err = capsys.readouterr()
+    assert stop.value.code in (None, 0), err
     assert "one step: " in out and "steps would take" in out
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert "config.yaml" not in left and "summary.json" not in left and "last.ckpt" not in left
@@ -227,8 +227,8 @@ def test_a_dry_run_of_several_folds_runs_the_first(
     monkeypatch.setattr(sys, "argv", ["segkit", "train", str(config), "--folds=all", "--dry-run"])
     with pytest.raises(SystemExit) as stop:
         main()
-    out = capsys.readouterr().out
-    assert stop.value.code in (None, 0)
+    out, err = capsys.readouterr()
+    assert stop.value.code in (None, 0), err
     assert "4 training cases of" in out and "1 held out" in out and "the same for every fold" in out
 
 

@@ -83,7 +83,7 @@ class TorchEngine:
         self.network = network.to(device).eval()
         self.device = device
         self.precision = precision
-        self.first_width = _first_width(network)
+        self.first_width = first_width_of(network)
 
     @torch.inference_mode()
     def __call__(
@@ -100,7 +100,7 @@ class TorchEngine:
 
     def compute(self, windows: Tensor, keys: Collection[str]) -> dict[str, Tensor]:
         """Outputs of `run` for windows on the engine's device."""
-        if len(windows) == 1 and _is_slow_alone(
+        if len(windows) == 1 and is_slow_alone(
             self.first_width, self.device, windows.shape[2:], self.precision
         ):
             twice = run(self.network, windows.expand(2, -1, -1, -1, -1), keys)
@@ -127,16 +127,16 @@ def windows_at_once(
     """
     if device.type == "cuda":
         return WINDOWS_ON_GPU
-    return 2 if _is_slow_alone(_first_width(network), device, window, precision) else 1
+    return 2 if is_slow_alone(first_width_of(network), device, window, precision) else 1
 
 
-def _first_width(network: nn.Module) -> int:
+def first_width_of(network: nn.Module) -> int:
     """Channels that the first 3D convolution computes; 0 if the network has none."""
     layers = (layer for layer in network.modules() if isinstance(layer, nn.Conv3d))
     return next((layer.out_channels for layer in layers), 0)
 
 
-def _is_slow_alone(
+def is_slow_alone(
     first_width: int, device: torch.device, window: Sequence[int], precision: torch.dtype
 ) -> bool:
     """Whether one window of this size takes longer than two at once.
