@@ -5,6 +5,9 @@
 #     docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD:/data" segkit check my_dataset
 FROM python:3.11-slim
 
+# Triton compiles the kernels of a GPU with a C compiler.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+
 ARG TORCH_ARGS=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 

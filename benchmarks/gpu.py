@@ -5,13 +5,15 @@
 
 DATASET is the Decathlon's hippocampus dataset, for `accuracy`: it plans for 100 s and trains on
 fold 0 of nnU-Net's five folds. The other parts need no data. Each part runs in its own process, and
-its failure does not stop the next; the exit status is then 1. All parts take about 8 minutes. MONAI
-is measured beside prediction if it is installed; `benchmarks/peers/nnunet_training.py` measures
-nnU-Net's training.
+its failure does not stop the next; the exit status is then 1. All parts together take at most 8
+minutes: a part that is not done by then is stopped. MONAI is measured beside prediction if it is
+installed; `benchmarks/peers/nnunet_training.py` measures nnU-Net's training.
 """
 
 import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -43,24 +46,34 @@ TINY = {"channels": [4, 8, 8], "patch": [16, 16, 16], "batch": 2, "steps": 6}
 TINY_CASES = (4, (20, 20, 20))
 
 
-UTILISATION = "exec nvidia-smi --query-gpu=utilization.gpu --format=csv,noheader,nounits -lms 250"
+SECONDS = 480.0
+"""Seconds for all parts together."""
+UTILISATION = (
+    "exec nvidia-smi -i {} --query-gpu=utilization.gpu --format=csv,noheader,nounits -lms 250"
+)
 
 
 class StepClock(Callback):
-    """Records when each step ends on the host."""
+    """Measures the second half of a number of steps, after warm-up.
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    The host runs ahead of a GPU, so it waits for the GPU at the beginning and at the end.
+    """
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.ends.append(time.perf_counter())
+    def __init__(self, steps: int) -> None:
+        self.first, self.last = steps // 2, steps
+        self.ends: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Record the time of the first and the last step that counts."""
+        if trainer.global_step in (self.first, self.last):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.ends[trainer.global_step] = time.perf_counter()
 
     def per_step(self) -> float:
-        """Milliseconds per step in the second half of the run, after warm-up."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        late = self.ends[len(self.ends) // 2 :]
-        return (late[-1] - late[0]) / (len(late) - 1) * 1e3
+        """Milliseconds per step."""
+        seconds = self.ends[self.last] - self.ends[self.first]
+        return seconds / (self.last - self.first) * 1e3
 
 
 def write_dataset(folder: Path, count: int, shape: Sequence[int]) -> None:
@@ -116,7 +129,7 @@ def step(size: str, *, rehearsed: bool) -> None:
                 }
             )
         )
-        clock = StepClock()
+        clock = StepClock(setting["steps"])
         started = time.perf_counter()
         segkit.train(segkit.load_config(config), runs=folder / "runs", callbacks=[clock])
         figures = {
@@ -124,14 +137,15 @@ def step(size: str, *, rehearsed: bool) -> None:
             "seconds in total": round(time.perf_counter() - started, 1),
         }
         if not rehearsed:
-            figures["peak GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            figures["peak GB"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
     print(json.dumps({"step": size, **figures}))
 
 
 def accuracy(dataset: Path, *, rehearsed: bool) -> None:
     """Print the Dice of hippocampus fold 0 after a plan for 100 s, and the GPU utilisation."""
     device, minutes = ("cpu", "0.2") if rehearsed else ("cuda", "1.667")
-    watched = "while sleep 0.25; do echo 0; done" if rehearsed else UTILISATION
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    watched = "while sleep 0.25; do echo 0; done" if rehearsed else UTILISATION.format(card)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config = folder / "hippocampus.yaml"
@@ -140,16 +154,19 @@ def accuracy(dataset: Path, *, rehearsed: bool) -> None:
         _segkit(*words, "--out", str(config), cwd=folder)
         planned = time.perf_counter() - started
         with (folder / "busy.csv").open("w") as file:
-            watch = subprocess.Popen(["sh", "-c", watched], stdout=file)
-            started = time.perf_counter()
-            _segkit("train", str(config), "name=fold0", "data.fold=0", cwd=folder)
-            wall = time.perf_counter() - started
-            watch.kill()
-            watch.wait()
-        shares = [int(line) for line in (folder / "busy.csv").read_text().split()]
-        shares = shares or [0]
-        first = next((n for n, share in enumerate(shares) if share > 50), 0)
-        last = len(shares) - next((n for n, share in enumerate(shares[::-1]) if share > 50), 0)
+            watch = subprocess.Popen(["sh", "-c", watched], stdout=file, stderr=subprocess.DEVNULL)
+            try:
+                started = time.perf_counter()
+                _segkit("train", str(config), "name=fold0", "data.fold=0", cwd=folder)
+                wall = time.perf_counter() - started
+            finally:
+                watch.kill()
+                watch.wait()
+        # A part of a card (MIG) has no utilisation, and a machine without nvidia-smi tells none.
+        told = (folder / "busy.csv").read_text().split()
+        shares = [int(each) for each in told if each.isdecimal()]
+        used = [number for number, share in enumerate(shares) if share > 50]
+        between = shares[used[0] : used[-1] + 1] if used else []
         summary = json.loads((folder / "runs" / "fold0" / "summary.json").read_text())
     print(
         json.dumps(
@@ -159,11 +176,31 @@ def accuracy(dataset: Path, *, rehearsed: bool) -> None:
                 "seconds of training": summary["seconds_of_training"],
                 "seconds of planning": round(planned, 1),
                 "seconds of segkit train": round(wall, 1),
-                "GPU busy %, whole command": round(statistics.mean(shares), 1),
-                "GPU busy %, first to last use": round(statistics.mean(shares[first:last]), 1),
+                "GPU busy %, whole command": _mean(shares),
+                "GPU busy %, first to last sample above 50 %": _mean(between),
             }
         )
     )
+
+
+def _mean(shares: Sequence[int]) -> float | None:
+    return round(statistics.mean(shares), 1) if shares else None
+
+
+def _run(command: Sequence[str], seconds: float) -> tuple[int | None, str, str]:
+    """Status, output and errors of a command; the status is None if it was stopped."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        # Files, not pipes: what a stopped command has started cannot keep them open.
+        process = subprocess.Popen(command, stdout=output, stderr=errors, start_new_session=True)
+        status: int | None = None
+        try:
+            status = process.wait(max(seconds, 0.1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        errors.seek(0)
+        return status, output.read(), errors.read()
 
 
 def _segkit(*words: str, cwd: Path) -> None:
@@ -176,6 +213,7 @@ def main() -> None:
     parser.add_argument("dataset", nargs="?", type=Path)
     parser.add_argument("--template", type=Path)
     parser.add_argument("--only", nargs="+", default=["step", "accuracy", "predict", "tests"])
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together")
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -188,7 +226,8 @@ def main() -> None:
         parts[options.part]()
         return
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    print(json.dumps({"device": name, "torch": torch.__version__, "segkit": segkit.__file__}))
+    about = {"device": name, "torch": torch.__version__, "segkit": segkit.__file__}
+    print(json.dumps(about), flush=True)
     tiny = ["--rehearse"] if options.rehearse else []
     data = [str(options.dataset)] if options.dataset else []
     own = [sys.executable, __file__, *data, *tiny, "--part"]
@@ -203,17 +242,17 @@ def main() -> None:
     }
     if options.rehearse:  # volumes of the real size would take minutes on a CPU
         commands |= {"predict": [[*inference, "--help"]], "tests": [[*pytest, "-m", "gpu", "--co"]]}
-    failed = False
+    failed, began = False, time.perf_counter()
     for part in options.only:
         for command in commands[part]:
             started = time.perf_counter()
-            done = subprocess.run(command, capture_output=True, text=True)
-            lines = done.stdout.splitlines()
-            print("\n".join(lines[-40:]))
-            if done.returncode:
+            status, output, errors = _run(command, began + options.seconds - started)
+            print("\n".join(output.splitlines()[-40:]))
+            if status != 0:
                 failed = True
-                print(done.stderr[-1500:])
-            print(f"{part}: exit {done.returncode}, {time.perf_counter() - started:.0f} s")
+                print(errors[-1500:])
+            how = "stopped" if status is None else f"exit {status}"
+            print(f"{part}: {how}, {time.perf_counter() - started:.0f} s", flush=True)
     sys.exit(failed)
 
 

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from scipy.ndimage import zoom
 
 CHILD = Path(__file__).parent / "peers" / "inference.py"
 PEERS = {"brain": ["monai"], "body": ["nnunet"], "classes60": ["monai", "nnunet"]}
+MODULES = {"monai": "monai", "nnunet": "nnunetv2"}
 Figures = dict[str, Any]
 
 
@@ -76,9 +78,9 @@ def run(contender: str, case: str, source: Path, target: Path, **settings: str) 
     """Time and memory of one process."""
     settings["model"] = str(target.parent / f"model-{case}")
     words = [contender, case, str(source), str(target), *(f"{k}={v}" for k, v in settings.items())]
-    done = subprocess.run(
-        [sys.executable, str(CHILD), *words], check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(CHILD), *words], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{contender}, {case}: exit {done.returncode}\n{done.stderr[-1500:]}")
     figures: Figures = json.loads(done.stdout.splitlines()[-1])
     return figures
 
@@ -141,6 +143,9 @@ def compared(
     if not on_gpu:
         contenders["segkit, torch"] = ("segkit", {"engine": "torch"})
     for peer in PEERS.get(case, []):
+        if find_spec(MODULES[peer]) is None:
+            console.print(f"{peer} is not installed, so it is not measured")
+            continue
         contenders[peer] = (peer, {})
         if on_gpu and peer == "monai":
             contenders["monai, best"] = (peer, {"half": "bfloat16", "batch": "4"})

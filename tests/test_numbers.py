@@ -80,10 +80,7 @@ def test_windows_that_overflow_float16_are_predicted_in_float32_with_a_warning(
     assert "overflow" not in caplog.text
     half = Predictor(model, engine="torch", device="cpu", precision=torch.float16)
     assert np.array_equal(half(scan, maps=True).labels.data, exact)
-    assert (
-        "the network's outputs overflow float16; such windows are computed in float32"
-        in caplog.text
-    )
+    assert "overflow float16; it is computed in float32 from now on" in caplog.text
 
 
 def test_a_network_whose_output_is_nan_gives_no_labels(finished: Path) -> None:

@@ -32,8 +32,8 @@ def plan_command(
         float | None,
         Option(
             min=0.5,
-            help="Memory in GB to plan for. The default is the free memory of the GPU, or 8 "
-            "without a GPU.",
+            help="Memory in GB to plan for. The default is nine tenths of the GPU's free memory, "
+            "or 8 without a GPU.",
         ),
     ] = None,
     minutes: Annotated[

@@ -200,12 +200,19 @@ def _settings(
     dataset = dataset_in(config, overrides)
     if dataset is None:
         return load_config(config, overrides), None
+    import torch
+
     from segkit.planning.make_plan import plan_dataset
     from segkit.racing import plan_by_race
     from segkit.system.progress import Tracker
 
     accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
     device = [accelerator[word] for word in overrides if word in accelerator]
+    if device[-1:] == ["cuda"] and not torch.cuda.is_available():
+        raise ConfigError(
+            "trainer.accelerator is gpu, but PyTorch finds no GPU on this machine; remove it, or "
+            "plan for another machine with segkit plan --device cuda"
+        )
     hush()  # Lightning set up its logging when it was imported
     make = partial(plan_by_race, settings=overrides) if race else plan_dataset
     planned = make(

@@ -118,7 +118,7 @@ def small_component(mask: Mask, draw: float, *, largest: float) -> Mask:
     # Size of each component, indexed by 1 + its first voxel; index 0 is outside the mask.
     sizes = torch.zeros(mask.numel() + 1, dtype=torch.long, device=mask.device)
     sizes.scatter_add_(0, roots, torch.ones_like(roots))
-    sizes[0] = 0
+    sizes[:1].zero_()  # `sizes[0] = 0` would copy the 0 from the host, and wait for the GPU
     small = (sizes > 0) & (sizes < largest * mask.numel())
     order = small.cumsum(0)
     wanted = (draw * order[-1].double()).floor() + 1

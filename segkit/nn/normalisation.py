@@ -8,6 +8,7 @@ On a GPU, `fuse_normalisation` lets instance normalisation and the leaky ReLU af
 kernel, if triton is installed.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+logger = logging.getLogger(__name__)
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """Memory format that stores the channels of a voxel side by side, by a tensor's number of axes."""
@@ -68,12 +71,40 @@ def fuse_normalisation(network: nn.Module) -> bool:
 
 @cache
 def _normalise_and_leak() -> Callable[..., Tensor] | None:
-    """`normalise_and_leak`, or None if triton is not installed."""
+    """`normalise_and_leak`, or None if triton is not installed or cannot compile here."""
     if find_spec("triton") is None:
         return None
     from segkit.nn.fused_normalisation import normalise_and_leak
 
-    return normalise_and_leak
+    return normalise_and_leak if _compiles(normalise_and_leak) else None
+
+
+def _compiles(function: Callable[..., Tensor]) -> bool:
+    """Whether triton can compile `normalise_and_leak` for the GPU, for which it needs a C compiler.
+
+    Without a GPU nothing is compiled, and the answer is True.
+    """
+    if not torch.cuda.is_available():
+        return True
+    features = torch.ones(1, 16, 8, device=FUSED_DEVICE)
+    try:
+        function(features, features[0, :, 0], features[0, :, 0], eps=1e-5, slope=0.01)
+    except Exception as error:  # triton's errors have no class in common
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        logger.warning(
+            "normalisation runs in PyTorch's own kernels, which are slower, because triton cannot "
+            "compile (%s); install a C compiler, such as gcc, and the headers of Python",
+            reason,
+        )
+        return False
+    return True
+
+
+@cache
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether triton compiles bfloat16 for a GPU; NVIDIA's have it since Ampere (8.0)."""
+    others = device.type != "cuda" or torch.version.hip is not None
+    return others or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def normalise_and_activate(norm: nn.Module, activation: nn.Module, features: Tensor) -> Tensor:
@@ -234,6 +265,7 @@ class InstanceNormalisation(GroupNormalisation):
             self.fused
             and features.device.type == FUSED_DEVICE
             and features.dtype in FUSED_TYPES
+            and (features.dtype != torch.bfloat16 or _has_bfloat16(features.device))
             and features.numel() > 0
             and _is_plain_call(features)
             and _normalise_and_leak() is not None

@@ -211,7 +211,14 @@ class AdditiveSelfAttention(nn.Module):
             means = [self._mean(query[:, first:last], key, value) for first, last in parts]
         else:
             means = [
-                checkpoint(self._mean, query[:, first:last], key, value, use_reentrant=False)
+                checkpoint(
+                    self._mean,
+                    query[:, first:last],
+                    key,
+                    value,
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing is random, and a recorded step has no state
+                )
                 for first, last in parts
             ]
         return torch.cat(means, dim=1)

@@ -30,6 +30,7 @@ def sections_of(
     own_schedule: bool,
     labels: Sequence[str],
     accelerator: str | None,
+    gpu: int | None,
     optimiser: tuple[OptimiserName, str],
     first_stage: Path | None,
 ) -> Sections:
@@ -44,6 +45,7 @@ def sections_of(
         own_schedule: whether plan and schedule are nnU-Net's own, without attention.
         labels: names of the dataset's classes or regions.
         accelerator: 'cpu' or 'gpu'; None leaves the choice to the training.
+        gpu: the number of the GPU, if the plan is for a certain one.
         optimiser: the optimiser, and why.
         first_stage: the run of the first stage, if there are two stages.
     """
@@ -109,7 +111,10 @@ def sections_of(
                 "held-out cases. The final scores use all for which there is time.",
             ),
         },
-        "trainer": {"accelerator": (accelerator, "")},
+        "trainer": {
+            "accelerator": (accelerator, ""),
+            "devices": (None if gpu is None else [gpu], "The GPU for which this plan was made."),
+        },
     }
 
 

@@ -1,5 +1,6 @@
 """`segkit plan`: a training config for a dataset, with the reason for each value."""
 
+import contextlib
 import logging
 import re
 import unicodedata
@@ -91,11 +92,13 @@ def plan_dataset(
         files: patterns or a table that name the files of each case.
         pictures: information that pictures lack, such as their pixel size.
         cache: the folder for measurements of cases. Default: `.cache` in `runs`.
-        device: 'auto', 'cpu' or 'cuda'. If this machine has no CUDA GPU, a plan for 'cuda' has
-            patch and network for `gigabytes` by nnU-Net's rules, and as many steps as a fast GPU
-            does in the minutes, by an estimate; the run measures its real speed.
+        device: 'auto', 'cpu', 'cuda', or 'cuda:1' for a certain GPU. If this machine has no CUDA
+            GPU, a plan for 'cuda' has patch and network for `gigabytes` by nnU-Net's rules, and as
+            many steps as a fast GPU does in the minutes, by an estimate; the run measures its real
+            speed.
         spatial_dims: 3 for volumes, 2 for slices. Default: 2 only if each case is one slice.
-        gigabytes: memory of the device, in 10⁹ bytes. Default: the free memory of the GPU, or 8.
+        gigabytes: memory of the device, in 10⁹ bytes. Default: nine tenths of the GPU's free
+            memory, or 8.
         minutes: time for training on this machine, in minutes; two stages share it.
         preset: 'auto', or 'nnunet' for nnU-Net's own plan and schedule on every device.
         runs: the folder of runs, in which a second stage will find the first.
@@ -131,7 +134,9 @@ def plan_dataset(
         track=track,
         began=began,
     )
-    planned = planned_task(task)
+    timed_on_card = task.timed and task.device.type == "cuda"
+    with torch.cuda.device(task.device) if timed_on_card else contextlib.nullcontext():
+        planned = planned_task(task)
     warn_if_busy(task)
     return planned
 
@@ -237,6 +242,7 @@ def _sections(
         own_schedule=task.own_schedule,
         labels=list(task.dataset.labels),
         accelerator=task.accelerator,
+        gpu=task.device.index if task.device.type == "cuda" else None,
         optimiser=planned_optimiser(
             plan.step_work(
                 in_channels=len(task.dataset.channels) + (first is not None),

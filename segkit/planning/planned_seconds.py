@@ -1,6 +1,5 @@
 """Seconds of a step and of a window of a planned network, measured on this machine."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 from segkit.config.model import ModelDescription
 from segkit.config.training import Config
 from segkit.data.variation import build_variation
-from segkit.errors import TrainingError
 from segkit.inference.window_seconds import seconds_of_window
 from segkit.model.build import build_network
 from segkit.nn.normalisation import order_for
@@ -34,7 +32,7 @@ def measured_step(task: PlanningTask, config: Config, description: ModelDescript
         "augmentation": config.data.model_dump(mode="json", include=set(AUGMENTATION)),
         **_about(config, description),
     }
-    return _measured(task, about, partial(seconds_of_step, config, description, task.device))
+    return task.measured(about, partial(seconds_of_step, config, description, task.device))
 
 
 def measured_window(
@@ -46,8 +44,7 @@ def measured_window(
         TrainingError: the GPU's memory is too small for it.
     """
     about = {"what": "window", "in": str(precision), **_about(config, description)}
-    measure = partial(seconds_of_windows, description, task.device, precision)
-    return _measured(task, about, measure)
+    return task.measured(about, partial(seconds_of_windows, description, task.device, precision))
 
 
 def _about(config: Config, description: ModelDescription) -> dict[str, Any]:
@@ -57,17 +54,6 @@ def _about(config: Config, description: ModelDescription) -> dict[str, Any]:
         "optimiser": config.train.optimiser,
         **description.model_dump(mode="json", include=set(STEP_OF)),
     }
-
-
-def _measured(task: PlanningTask, about: dict[str, Any], measure: Callable[[], float]) -> float:
-    """A measurement on the task's device; a lack of GPU memory is an error of one sentence."""
-    try:
-        return task.figures.once(about, measure, task.device)
-    except torch.OutOfMemoryError:
-        raise TrainingError(
-            f"{task.device}: its memory is too small for a training step of a plan for "
-            f"{task.gigabytes:g} GB; plan for less with --memory"
-        ) from None
 
 
 def seconds_of_windows(

@@ -3,17 +3,18 @@
 import logging
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from segkit.config.dataset_files import DatasetConfig, FilesConfig
 from segkit.config.pictures import PicturesConfig
 from segkit.data.dataset import Dataset, dataset_of, unlabelled
-from segkit.errors import ConfigError, counted, printable
+from segkit.errors import ConfigError, TrainingError, counted, printable
 from segkit.planning.budget_fit import Steps
 from segkit.planning.fingerprint import Fingerprint, fingerprint
 from segkit.planning.plan import (
@@ -26,7 +27,7 @@ from segkit.planning.plan import (
 )
 from segkit.planning.planned_optimiser import COST_IN_HALF
 from segkit.planning.schedule import MOST_VALIDATIONS, Schedule
-from segkit.planning.speed import Figures, multiply_adds_per_second
+from segkit.planning.speed import Figures, kernels_of_training, multiply_adds_per_second
 from segkit.system.progress import Track
 from segkit.system.resources import choose_device, free_memory_of, limit_threads, precision_of
 
@@ -36,6 +37,9 @@ Preset = Literal["auto", "nnunet"]
 PLANNED_STEPS = Steps(for_batch=10_000, per_channel=64, for_patch=1200)
 """Numbers of steps that must fit into the time; docs/planning.md describes the measurements."""
 DEFAULT_MEMORY = 8e9
+SHARE_FOR_STEP = 0.9
+"""A plan may use this share of a GPU's free memory. The rest is for what comes beside a step: cases
+that stay on the GPU, windows of a validation, and what libraries keep."""
 SPEED = "speed.json"
 """The file in the cache with measurements of this processor, so that a plan can be repeated."""
 NNUNET_STEPS = 250_000
@@ -87,6 +91,27 @@ class PlanningTask:
         half = self.timed and precision_of(self.device) != torch.float32
         return COST_IN_HALF if half else 1.0
 
+    def measured(self, about: Mapping[str, Any], measure: Callable[[], float]) -> float:
+        """A measurement on the device.
+
+        Args:
+            about: JSON values that describe the measurement.
+            measure: makes the measurement.
+
+        Raises:
+            TrainingError: the GPU's memory is too small for it.
+        """
+        try:
+            with kernels_of_training(self.device):
+                return self.figures.once(about, measure, self.device)
+        except torch.OutOfMemoryError:
+            free = free_memory_of(self.device) / 1e9
+            raise TrainingError(
+                f"{self.device}: its memory is too small to time a training step of a plan for "
+                f"{self.gigabytes:g} GB, of which {free:.1f} GB are free; end other programs that "
+                f"use it, or plan for less memory (segkit plan --memory)"
+            ) from None
+
     def draft(self) -> Schedule:
         """nnU-Net's own schedule, or a provisional one until steps are timed."""
         why = "nnU-Net's 1000 epochs of 250 steps."
@@ -99,10 +124,8 @@ class PlanningTask:
             return plan_for_memory(
                 numbers, spatial_dims=self.spatial_dims, gigabytes=self.gigabytes
             )
-        speed = self.figures.once(
-            {"what": "multiply-adds"},
-            partial(multiply_adds_per_second, self.device),
-            self.device,
+        speed = self.measured(
+            {"what": "multiply-adds"}, partial(multiply_adds_per_second, self.device)
         )
         if self.coarse:
             coarse = coarse_plan_for_time(
@@ -172,7 +195,8 @@ def planning_task(
     on_cpu = chosen.type == "cpu"
     present = on_cpu or torch.cuda.is_available()
     if gigabytes is None:
-        free = free_memory_of(chosen) if present and not on_cpu else DEFAULT_MEMORY
+        on_card = present and not on_cpu
+        free = SHARE_FOR_STEP * free_memory_of(chosen) if on_card else DEFAULT_MEMORY
         gigabytes = round(free / 1e9, 1)
     measured = fingerprint(dataset, cache=cache, track=track)
     labelled = {number for case in measured.cases for number in case.classes}

@@ -1,10 +1,12 @@
 """Measurement of this machine's speed in training, on which plans for a time depend."""
 
+import contextlib
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,21 @@ def step_seconds(
     return (time.perf_counter() - started) / REPEATS_ON_GPU
 
 
+@contextlib.contextmanager
+def kernels_of_training(device: torch.device) -> Iterator[None]:
+    """A context in which cuDNN searches for the fastest kernels on a GPU, as it does in training.
+
+    PyTorch keeps the kernel of a shape, so one that was chosen without a search would stay for the
+    training that follows in the same process.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def _seconds_on_free_cores(work: Callable[[], object], repeats: int) -> list[float]:
     """Seconds of some repeats of this work, after one to warm up that does not count."""
     seconds: list[float] = []
@@ -206,6 +223,8 @@ def _described(figure: Mapping[str, Any], device: torch.device) -> dict[str, Any
     if device.type == "cuda":
         about["device"] = torch.cuda.get_device_name(device)
         about["cudnn"] = torch.backends.cudnn.version()
+        about["triton"] = find_spec("triton") is not None
+        about["searched"] = True  # earlier versions measured without `kernels_of_training`
     described: dict[str, Any] = json.loads(json.dumps(about))  # a tuple comes back as a list
     return described
 

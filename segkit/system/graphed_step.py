@@ -66,6 +66,8 @@ class GraphedStep:
             return tuple(value.detach() for value in values)
 
         stream = torch.cuda.Stream()
+        # Not the stream that PyTorch keeps for all recordings: it may belong to another GPU.
+        recording = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
@@ -77,7 +79,7 @@ class GraphedStep:
         _forget_gradients(parameters)
         self.graph = torch.cuda.CUDAGraph()
         # Other threads, such as the one that pins batches, may use the device meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, stream=recording, capture_error_mode="thread_local"):
             self.values = step()
         self.gradients = [parameter.grad for parameter in parameters]
         self.graph.replay()

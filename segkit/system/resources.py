@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from segkit.errors import SegkitError
+from segkit.errors import SegkitError, counted
 from segkit.system.control_groups import quota_of_cores
 from segkit.system.memory import free_memory
 
@@ -31,11 +31,19 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise SegkitError(
             f"device: expected auto, cpu or cuda, found {name!r}; choose one"
         ) from None
+    # A plan may be for a GPU that this machine does not have.
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if 0 < count <= (device.index or 0):
+        raise SegkitError(
+            f"device: this machine has {counted(count, 'GPU')}, numbered from 0, found {name}; "
+            f"choose one of them"
+        )
+    return device
 
 
 def bfloat16_is_fast() -> bool:

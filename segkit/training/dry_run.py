@@ -16,13 +16,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
-from torch import nn
+from torch import Tensor, nn
 
 from segkit.config.model import ModelDescription
 from segkit.config.training import LEAST_STEPS, SHARE_OF_PREPARING, Config
 from segkit.data.datamodule import SegmentationData
 from segkit.data.dataset import CaseFiles, Dataset, dataset_of, grid_of_case, read_case_label
 from segkit.data.preprocess import median_spacing
+from segkit.data.resident import bytes_of
 from segkit.data.split import ALL_TRAIN, split_of
 from segkit.errors import counted
 from segkit.geometry.grid import Orientation
@@ -181,6 +182,7 @@ class Stopwatch(Callback):
         self.stands_for = stands_for
         self.ends: list[float] = []
         self.loss = float("nan")
+        self.last_loss: Tensor | None = None
         self.device = torch.device("cpu")
         self.before = 0
         self.peak: int | None = None
@@ -211,6 +213,8 @@ class Stopwatch(Callback):
         """Record the end of a step. Only the first and the last measured step wait for a GPU."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        # A GPU logs only some of the steps.
+        self.last_loss = outputs["loss"]
         done = trainer.global_step
         if done in (1, WARM_UP, WARM_UP + MEASURED):
             wait_for_device(self.device)
@@ -222,12 +226,17 @@ class Stopwatch(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the loss of the last step and the peak memory."""
         wait_for_device(self.device)
-        self.loss = float(trainer.callback_metrics["train/loss"])
-        self.peak = (
-            torch.cuda.max_memory_allocated(self.device)
-            if self.device.type == "cuda"
-            else peak_of_process()
-        )
+        self.loss = float("nan") if self.last_loss is None else float(self.last_loss)
+        if self.device.type != "cuda":
+            self.peak = peak_of_process()
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, SegmentationData)
+        # All that PyTorch holds, also for the recorded step; and the cases that were not loaded.
+        self.peak = torch.cuda.max_memory_reserved(self.device)
+        if data.resident:
+            held = bytes_of([*data.patches.cases, *data.held_out])
+            self.peak += int((self.stands_for - 1) * held)
 
     @property
     def measured_steps(self) -> int:

@@ -304,9 +304,16 @@ class SegmentationModule(L.LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Advance the schedule by one step; with a time budget, by the time that has passed."""
-        if self.budget is None:
+        budget = self.budget
+        if budget is None:
             return super().lr_scheduler_step(scheduler, metric)
-        for _ in range(self.budget.end_step()):
+        before = budget.advanced
+        budget.end_step()
+        if self.trainer.world_size > 1:
+            # Each process has a clock of its own, but all need the same learning rate.
+            place = self.trainer.strategy.broadcast((budget.share, budget.advanced))
+            budget.share, budget.advanced = place
+        for _ in range(budget.advanced - before):
             scheduler.step()
 
     def configure_optimizers(self) -> Any:

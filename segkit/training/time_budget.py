@@ -34,6 +34,7 @@ from segkit.inference.window_seconds import num_windows, seconds_of_case, second
 from segkit.system.core_share import FREE, CoreShare
 from segkit.training.lightning_private import set_last_step, skip_validation
 from segkit.training.resolve import computed_in
+from segkit.training.time_limit import wait_for_device
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,10 @@ class TimeBudget:
         self.started = self.mark = self.clock()
         self.prepared = self.before
         self.trained = self.share = 0.0
+        self.first_steps, self.seconds_of_first = 0, 0.0
+        """The first step of each process that trained this run, which also prepares the device, and
+        their seconds, which are part of `trained`."""
+        self.is_first = True
         self.per_case = 0.0
         """Seconds of a held-out case in a validation, on average."""
         self.scoring_factor = 1.0
@@ -94,8 +99,11 @@ class TimeBudget:
 
     @property
     def per_step(self) -> float:
-        """Mean seconds of a step so far; 0 before the first step."""
-        return self.trained / max(self.steps, 1)
+        """Mean seconds of a step so far, without first steps; 0 before the first step."""
+        later = self.steps - self.first_steps
+        if later <= 0:
+            return self.trained / max(self.steps, 1)
+        return (self.trained - self.seconds_of_first) / later
 
     @property
     def for_scoring(self) -> float:
@@ -168,11 +176,20 @@ class TimeBudget:
         """Start to measure a step."""
         self.mark = self.clock()
 
+    def count_time(self) -> float:
+        """Count the time since the last step as time for steps, and return it."""
+        now = self.clock()
+        seconds, self.mark = now - self.mark, now
+        self.trained += seconds
+        return seconds
+
     def end_step(self) -> int:
         """Count a step, and return by how many planned steps the schedule advances."""
-        now = self.clock()
-        self.trained += now - self.mark
-        self.mark = now
+        seconds = self.count_time()
+        if self.is_first:
+            self.first_steps += 1
+            self.seconds_of_first += seconds
+            self.is_first = False
         self.steps += 1
         gone = self.trained / (self.trained + self.left) if self.trained else 0.0
         self.share = max(self.share, min(gone, self.steps / LEAST_STEPS))
@@ -182,7 +199,10 @@ class TimeBudget:
 
     def state(self) -> dict[str, float]:
         """The state for a checkpoint, as plain numbers."""
-        names = ("trained", "share", "per_case", "steps", "advanced")
+        names = (
+            *("trained", "share", "per_case", "steps", "advanced"),
+            *("first_steps", "seconds_of_first"),
+        )
         return {"elapsed": self.elapsed, **{name: getattr(self, name) for name in names}}
 
     def go_on(self, state: dict[str, Any]) -> None:
@@ -196,6 +216,8 @@ class TimeBudget:
         self.trained, self.share = float(state["trained"]), float(state["share"])
         self.per_case = float(state["per_case"])
         self.steps, self.advanced = int(state["steps"]), int(state["advanced"])
+        self.first_steps = int(state.get("first_steps", 0))
+        self.seconds_of_first = float(state.get("seconds_of_first", 0.0))
         self.validated_at = self.steps
 
 
@@ -279,7 +301,9 @@ class Deadline(Callback):
                 logger.warning("%s", faster_than_planned(budget))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start to measure the validation."""
+        """Start to measure the validation, when the steps before it have ended on the GPU."""
+        wait_for_device(pl_module.device)
+        self.budget.count_time()
         self.validation_started = self.budget.clock()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -312,7 +336,8 @@ def slower_than_planned(budget: TimeBudget, share: float = 1.0) -> str:
             f"validation takes {budget.validation:.0f} s; {end}"
         )
     # The load counts the whole machine, also in a container that may use only a part of it.
-    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
     reason = "the plan was for a faster machine, for more minutes or for another network"
     if load > cores + 1:
         reason = f"other programs may use the cores (load {load:.1f} on {cores}), or {reason}"

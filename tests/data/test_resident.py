@@ -17,6 +17,7 @@ def stored(
     folder: Path, *, channels: int = 2, dtype: type = np.float32, labels: type = np.uint8
 ) -> list[StoredCase]:
     """Cases of several shapes, the last of them kept in another precision if `dtype` says so."""
+    folder.mkdir(exist_ok=True)
     random = np.random.default_rng(0)
     cases = []
     for number, space in enumerate(SPACES):
@@ -80,9 +81,16 @@ def test_held_out_cases_come_back_whole_and_in_order(tmp_path: Path) -> None:
         assert (held["label"].numpy() == case.label).all()
 
 
-def test_the_memory_of_cases_is_that_of_their_stored_arrays(tmp_path: Path) -> None:
+def test_the_memory_of_cases_is_that_of_their_arrays_on_the_device(tmp_path: Path) -> None:
     voxels = sum(int(np.prod(space)) for space in SPACES)
-    assert bytes_of(stored(tmp_path, dtype=np.float16)) == voxels * (2 * 2 + 1)
+    assert bytes_of(stored(tmp_path / "half", dtype=np.float16)) == voxels * (2 * 2 + 1)
+    # The last case is stored in single precision, so all are on the device.
+    assert bytes_of(stored(tmp_path / "single", dtype=np.float32)) == voxels * (2 * 4 + 1)
+    many = stored(tmp_path / "many", dtype=np.float16, labels=np.uint16)
+    assert bytes_of(many) == voxels * (2 * 2 + 4)
+    for cases in (stored(tmp_path / "a", dtype=np.float32), many):
+        held = ResidentPatches(patches_of(cases, (4, 4, 4), (0, 0, 0)), CPU)
+        assert held.images.nbytes + held.labels.nbytes == bytes_of(cases)
 
 
 def test_cases_never_lie_on_a_cpu_whole(tmp_path: Path) -> None:

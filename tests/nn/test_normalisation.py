@@ -356,3 +356,34 @@ def test_on_a_gpu_normalisation_and_activation_are_one_if_fused_and_if_triton_is
     del slopes[:]
     torch.export.export(alone.eval(), (image,))
     assert slopes == []
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("Failed to find C compiler.\nSet CC")])
+def test_without_a_c_compiler_normalisation_is_pytorchs_own_and_a_warning_tells_of_it(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(normalisation, "FUSED_DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    launched = []
+
+    def launch(*arguments: Tensor, eps: float, slope: float) -> Tensor:
+        launched.append(arguments)
+        if error is not None:
+            raise error
+        return arguments[0]
+
+    assert normalisation._compiles(launch) == (error is None)
+    assert len(launched) == 1
+    told = "triton cannot compile (Failed to find C compiler.); install a C compiler"
+    assert (told in caplog.text) == (error is not None)
+
+
+def test_a_gpu_before_ampere_normalises_bfloat16_in_pytorchs_own_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    for number, capability in enumerate([(7, 5), (8, 0), (9, 0)]):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, is_=capability: is_)
+        device = torch.device("cuda", 100 + number)  # each answer is kept
+        assert normalisation._has_bfloat16(device) == (capability >= (8, 0))
+    assert normalisation._has_bfloat16(torch.device("cpu"))

@@ -585,9 +585,10 @@ def test_too_little_memory_for_a_step_is_one_sentence(
     def full(*_: object) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setattr(planning_task, "free_memory_of", lambda _: 1_200_000_000)
     monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e9)
     monkeypatch.setattr(planned_seconds, "seconds_of_step", full)
-    told = "memory is too small for a training step of a plan for 80 GB; plan for less with --mem"
+    told = r"memory is too small to time .* of a plan for 80 GB, of which 1\.2 GB are free; end"
     with pytest.raises(TrainingError, match=told):
         plan_dataset(dataset, cache=tmp_path / "c", device="cpu", gigabytes=80, minutes=1)
 
@@ -611,3 +612,27 @@ def test_the_cost_of_muon_follows_the_precision_of_training(
     monkeypatch.setattr("segkit.planning.planning_task.precision_of", lambda _: half)
     task = SimpleNamespace(device=torch.device(device), timed=timed)
     assert planning_task.PlanningTask.muon_cost.fget(task) == expected  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("device", "devices"), [("cuda", None), ("cuda:1", [1])])
+def test_a_plan_for_one_of_several_gpus_trains_on_it(
+    device: str, devices: list[int] | None, dataset: Path, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, which is measured")
+    planned = plan_dataset(dataset, cache=tmp_path / "cache", device=device, minutes=1)
+    trainer = written(planned, tmp_path / "plan.yaml").trainer
+    assert (trainer.accelerator, trainer.devices) == ("gpu", devices or 1)
+
+
+def test_a_gpu_too_full_to_be_timed_is_told_in_a_sentence(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(planning_task, "multiply_adds_per_second", full)
+    monkeypatch.setattr(planning_task, "free_memory_of", lambda _: 1_200_000_000)
+    told = r"cpu: its memory is too small to time .* 8 GB, of which 1\.2 GB are free; end other"
+    with pytest.raises(TrainingError, match=told):
+        plan_dataset(dataset, cache=tmp_path / "cache", device="cpu", minutes=1)

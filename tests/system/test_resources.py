@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from segkit.errors import SegkitError
 from segkit.system import resources as machine
 from segkit.system.resources import bfloat16_is_fast, choose_device, num_cores
 
@@ -66,3 +67,13 @@ def test_memory_that_pytorch_keeps_for_its_next_tensors_is_free(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20_000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 15_000)
     assert machine.free_memory_of(torch.device("cuda")) == 8_000
+
+
+def test_a_gpu_that_is_not_there_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert machine.choose_device("cuda:1") == torch.device("cuda", 1)
+    assert machine.choose_device("cuda") == torch.device("cuda")
+    with pytest.raises(SegkitError, match=r"2 GPUs, numbered from 0, found cuda:2; choose one"):
+        machine.choose_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert machine.choose_device("cuda:2") == torch.device("cuda", 2)  # for a plan elsewhere

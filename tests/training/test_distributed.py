@@ -105,3 +105,53 @@ def test_two_processes_train_as_one_with_the_joint_batch(tmp_path: Path) -> None
     weights = [load_file(run / "model" / "weights.safetensors") for run in (one, two)]
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, atol=1e-5, rtol=1e-4)
+
+
+TIMED = """
+import json, os, time
+from pathlib import Path
+import segkit
+from lightning.pytorch.callbacks import Callback
+
+class Rates(Callback):
+    def __init__(self):
+        self.rates, self.shares = [], []
+    def on_train_batch_end(self, trainer, module, *_):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.shares.append(module.share_done)
+        if trainer.global_rank:
+            time.sleep(0.01)  # so that the clocks of the two differ at the end of a step
+
+rates = Rates()
+segkit.fit(segkit.prepare(segkit.load_config("timed.yaml")), callbacks=[rates])
+rank = os.environ.get("LOCAL_RANK", "0")
+Path(f"process_{rank}.json").write_text(json.dumps([rates.rates, rates.shares]))
+"""
+
+
+@needs_processes
+@pytest.mark.slow
+def test_processes_that_train_for_some_minutes_have_the_same_learning_rate(tmp_path: Path) -> None:
+    """Each has its own clock, and they share gradients but not weights."""
+    config = small_config(
+        small_dataset(tmp_path / "data"),
+        data={"validation": 0.5},
+        train={"steps": 60, "minutes": 0.3, "validate_every": 20},
+        trainer={"devices": 2, "strategy": "ddp"},
+    )
+    (tmp_path / "timed.yaml").write_text(dump_yaml(config))
+    (tmp_path / "script.py").write_text(TIMED)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (rates, shares), other = (
+        json.loads((tmp_path / f"process_{number}.json").read_text()) for number in range(2)
+    )
+    assert len(rates) > 20 and len(set(rates)) > 10
+    assert [rates, shares] == other

@@ -49,6 +49,7 @@ def test_a_dry_run_describes_the_training(told: DryRun, dataset: Path) -> None:
     assert told.device == "cpu" and told.precision == "32-true"
     assert 0 < told.loss < 10 and 0 < told.seconds < 60
     assert told.measured_steps == MEASURED and 0 < told.per_case < 60
+    assert told.per_score == told.per_case  # in single precision both are the same
 
 
 def test_the_peak_memory_of_the_process_is_measured(told: DryRun) -> None:
@@ -75,7 +76,7 @@ def test_its_loss_is_that_of_the_same_steps_of_training(
 
 
 def test_steps_that_do_not_fit_into_the_time_are_told(told: DryRun) -> None:
-    slow = replace(told, seconds=0.25, per_case=0.1)
+    slow = replace(told, seconds=0.25, per_case=0.1, per_score=0.1)
     assert slow.fitting == 4
     assert slow.lines()[-1].endswith("set train.steps=4")
     # 50 validations and the final scores, each of one case of 0.1 s.
@@ -108,7 +109,10 @@ def test_steps_are_measured_after_warming_up_and_not_for_longer_than_a_minute(
             now += taken
             trainer.global_step = number
             batch = {"label": torch.zeros(1, 4, 4, 4)}
-            watch.on_train_batch_end(trainer, None, None, batch, number - 1)  # type: ignore[arg-type]
+            outputs = {"loss": torch.tensor(float(number))}
+            watch.on_train_batch_end(trainer, None, outputs, batch, number - 1)  # type: ignore[arg-type]
+        watch.on_train_end(trainer, None)  # type: ignore[arg-type]
+        assert watch.loss == len(seconds)  # also if Lightning has not logged it, as on a GPU
         return watch
 
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
@@ -122,7 +126,9 @@ def test_patches_are_loaded_as_for_the_whole_dataset(monkeypatch: pytest.MonkeyP
     """Two cases would fit into the memory of a card into which two hundred do not."""
     monkeypatch.setattr("segkit.data.resident.free_memory_of", lambda _: 1000)
     monkeypatch.setattr("segkit.data.resident.bytes_of", lambda cases: 300)
-    assert fits([], torch.device("cuda"))  # 300 of 400 bytes
+    assert not fits([], torch.device("cuda"))  # 300 of 250 bytes
+    monkeypatch.setattr("segkit.data.resident.bytes_of", lambda cases: 200)
+    assert fits([], torch.device("cuda"))
     assert not fits([], torch.device("cuda"), times=2.0)
 
 

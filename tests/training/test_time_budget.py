@@ -136,6 +136,27 @@ def test_the_time_of_small_cases_that_validate_does_not_stand_for_large_ones(
     assert budget.for_scoring == pytest.approx(1 + 3 * 15.0 * 18 / 15)
 
 
+def test_a_slow_first_step_does_not_make_the_others_slower_than_planned() -> None:
+    """On a GPU the first step compiles kernels and records itself, also after a resumption."""
+    clock = Clock()
+    budget = TimeBudget(60.0, 0.0, 440, held_out=0, validated=0, validate_every=999, clock=clock)
+    for seconds in [15.0, *[0.1] * 9]:
+        clock.now += seconds
+        budget.end_step()
+    assert budget.per_step == pytest.approx(0.1)
+    assert budget.expected_steps == round(10 + (60 - 15.9) / 0.1)
+    assert budget.share == pytest.approx(15.9 / 60)  # the schedule follows all time that passed
+    resumed = TimeBudget(60.0, 1.0, 440, held_out=0, validated=0, validate_every=999, clock=clock)
+    resumed.go_on(budget.state())
+    for seconds in [8.0, 0.1]:
+        clock.now += seconds
+        resumed.end_step()
+    assert resumed.per_step == pytest.approx(0.1) and resumed.steps == 12
+    before = {key: value for key, value in budget.state().items() if "first" not in key}
+    resumed.go_on(before)  # a checkpoint of an earlier version
+    assert resumed.per_step == pytest.approx(15.9 / 10)
+
+
 def test_validations_take_place_as_long_as_they_fit() -> None:
     clock = Clock()
     budget = TimeBudget(101.0, 0.0, 100, held_out=0, validated=1, validate_every=10, clock=clock)
