@@ -1,11 +1,15 @@
 """Convolutions whose gradient oneDNN computes wrongly on a CPU, computed in a way that is right.
 
-With oneDNN, PyTorch (2.13) computes the gradient of a convolution's weights from memory that nobody
-wrote, if along an axis the kernel never lies wholly inside the image: an axis of 2 voxels and a
-kernel of 3 with padding 1, for example, or one of 6 voxels and a kernel of 7. The gradient is then
-random, up to NaN, or the process crashes. This is so in bfloat16, and for kernels of 7 with stride
-2 in single precision (measured on an AMD EPYC, Zen 5, with AVX512-BF16). If the image is padded
-before, the same kernel lies inside, and the gradient is right.
+In two cases, PyTorch (2.13) with oneDNN computes the gradient of a convolution's weights from
+memory that nobody wrote. Then it is random, up to NaN, or the process crashes. Measured on an AMD
+EPYC (Zen 5) with AVX512-BF16:
+
+- Along an axis, the kernel never lies wholly inside the image. Examples are a kernel of 3 with
+  padding 1 on an axis of 2 voxels, and a kernel of 7 on one of 6. This is so in bfloat16, and in
+  single precision for kernels of 7 with stride 2. If the image is padded before, the same kernel
+  lies inside, and the gradient is right.
+- In bfloat16, the convolution is dilated and has groups, and rows are long, such as 32 voxels. In
+  single precision the gradient is right.
 """
 
 import contextlib
@@ -67,7 +71,13 @@ class RightConvolutions(TorchFunctionMode):
         sizes, kernel = image.shape[-axes:], weight.shape[-axes:]
         spread = [step * (n - 1) for step, n in zip(_each(dilation, axes), kernel, strict=True)]
         before, after = _padding(padding, spread)
-        if image.device.type != "cpu" or _inside(sizes, spread, _each(stride, axes), before):
+        if image.device.type != "cpu":
+            return func(*args, **kwargs)
+        if groups > 1 and max(_each(dilation, axes)) > 1 and _in_bfloat16(image):
+            single = [None if each is None else each.float() for each in (image, weight, bias)]
+            with torch.autocast("cpu", enabled=False):
+                return func(*single, stride, padding, dilation, groups).bfloat16()
+        if _inside(sizes, spread, _each(stride, axes), before):
             return func(*args, **kwargs)
         amounts = [pair for pairs in zip(before, after, strict=True) for pair in reversed(pairs)]
         padded = F.pad(image, amounts[::-1])
@@ -77,6 +87,12 @@ class RightConvolutions(TorchFunctionMode):
 def right_convolutions(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """`RightConvolutions` if the device is a CPU, and otherwise a context without effect."""
     return RightConvolutions() if device.type == "cpu" else contextlib.nullcontext()
+
+
+def _in_bfloat16(image: Tensor) -> bool:
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return image.dtype == torch.bfloat16
 
 
 def _each(value: OfAxes, axes: int) -> list[int]:

@@ -48,6 +48,9 @@ def gradients(module: nn.Module, image: Tensor, *, half: bool) -> list[Tensor]:
         ((3, 1), {"kernel_size": 3, "padding": 1, "stride": 2}),
         ((2, 1), {"kernel_size": (5,), "padding": (2,), "stride": (2,)}),
         ((8, 8, 8), {"kernel_size": 3, "padding": 1}),
+        ((19, 40), {"kernel_size": 3, "padding": 3, "dilation": 3, "groups": 8}),
+        ((64, 48), {"kernel_size": 7, "padding": 9, "dilation": 3, "groups": 8}),
+        ((8, 6, 40), {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 8}),
     ],
 )
 @pytest.mark.parametrize("last", [False, True])
@@ -120,14 +123,19 @@ def test_an_image_in_which_a_kernel_lies_is_not_padded(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "attention", [{}, {"skip": {"kind": "additive_grid"}}, {"encoder": {"kind": "cbam"}}]
+    ("attention", "size"),
+    [
+        ({}, (8, 8, 8)),  # the coarsest level has two voxels along each axis
+        ({"skip": {"kind": "additive_grid"}}, (8, 8, 8)),
+        ({"encoder": {"kind": "cbam"}}, (16, 16, 16)),  # with kernels of 7
+        ({"encoder": {"kind": "lka"}}, (24, 16, 40)),  # with groups and dilation
+    ],
 )
-def test_a_network_whose_coarsest_level_has_two_voxels_has_the_right_gradient(
-    attention: dict[str, Any],
+def test_a_network_has_the_gradient_of_single_precision(
+    attention: dict[str, Any], size: tuple[int, int, int]
 ) -> None:
-    """Without the right convolutions it is random there, and its loss becomes NaN."""
     network: UNet = network_of(attention, 3).train()
-    image = torch.randn(2, 2, *[2 ** (len(network.encoder))] * 3)
+    image = torch.randn(2, 2, *size)
     expected = gradients(network, image, half=False)
     largest = max(right.abs().max() for right in expected)
     for _ in range(3):
