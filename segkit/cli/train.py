@@ -208,7 +208,8 @@ def _settings(
 
     accelerator = {"trainer.accelerator=cpu": "cpu", "trainer.accelerator=gpu": "cuda"}
     device = [accelerator[word] for word in overrides if word in accelerator]
-    if device[-1:] == ["cuda"] and not torch.cuda.is_available():
+    on_gpu, mac = device[-1:] == ["cuda"], torch.backends.mps.is_available()
+    if on_gpu and not mac and not torch.cuda.is_available():
         raise ConfigError(
             "trainer.accelerator is gpu, but PyTorch finds no GPU on this machine; remove it, or "
             "plan for another machine with segkit plan --device cuda"

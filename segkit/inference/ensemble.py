@@ -140,6 +140,10 @@ class RunningVariance:
             self.mean = probabilities
             self.squares = torch.zeros_like(probabilities.select(self.class_axis, 0))
             return
+        if self.mean.device != probabilities.device:  # GPU memory has run out since
+            self.mean, self.squares = (
+                each.to(probabilities.device) for each in (self.mean, self.squares)
+            )
         difference = probabilities - self.mean
         self.mean = self.mean + difference / self.count
         change = (difference * (probabilities - self.mean)).mean(self.class_axis)

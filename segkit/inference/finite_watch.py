@@ -1,7 +1,5 @@
 """Check that a network's outputs are finite, without a window that waits for the GPU."""
 
-from collections import deque
-
 import torch
 from torch import Tensor
 
@@ -9,21 +7,44 @@ from segkit.system.host_copy import HostCopy
 
 
 class FiniteWatch:
-    """Looks for NaN and infinity in outputs, after more work has been queued for the GPU."""
+    """Looks for NaN and infinity in outputs, after more work has been queued for the GPU.
+
+    Example:
+        finite = FiniteWatch()
+        finite.add(logits)
+        …  # more work for the GPU
+        if not finite.so_far():
+            raise …
+    """
 
     def __init__(self) -> None:
-        self.pending: deque[HostCopy] = deque()
+        self.known = True
+        self.flag: Tensor | None = None
+        """Whether the values are finite that were added since the last answer, on their device."""
+        self.copy: HostCopy | None = None
 
     def add(self, values: Tensor) -> None:
         """Look at values. Nothing waits for them here."""
         if values.numel():
             # The extremes are NaN or infinite if any value is, and need no copy of the values.
-            extremes = torch.stack([values.amin(), values.amax()])
-            self.pending.append(HostCopy(extremes.isfinite().all()))
+            finite = torch.stack([values.amin(), values.amax()]).isfinite().all()
+            # If GPU memory ran out, the values before may be on another device.
+            self.flag = finite if self.flag is None else finite & self.flag.to(finite.device)
 
-    def all_finite(self) -> bool:
-        """Whether all values since the last call were finite; waits until this is known."""
-        while self.pending:
-            if not bool(self.pending.popleft().values()):
-                return False
-        return True
+    def send(self) -> None:
+        """Start to copy the answer for all values so far to the host."""
+        if self.flag is not None:
+            self.copy, self.flag = HostCopy(self.flag), None
+
+    def so_far(self) -> bool:
+        """Whether all values before the last `send` were finite; waits until this is known."""
+        if self.copy is not None:
+            self.known = self.known and bool(self.copy.values())
+            self.copy = None
+        return self.known
+
+    def at_end(self) -> bool:
+        """Whether all values were finite; waits until this is known."""
+        before = self.so_far()
+        self.send()
+        return self.so_far() and before

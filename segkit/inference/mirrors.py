@@ -54,7 +54,8 @@ class Mirrored:
                 logits = outputs[LOGITS]
                 running.add(logits.sigmoid() if self.regions else logits.softmax(dim=1))
             for key, value in outputs.items():
-                mean = means.get(key, value)
+                # If GPU memory has run out since, this value is on the host.
+                mean = means.get(key, value).to(value.device)
                 means[key] = mean + (value - mean) / number
         if SPREAD in keys:
             means[SPREAD] = running.variance[:, None]

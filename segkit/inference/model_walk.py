@@ -99,7 +99,16 @@ class PredictionSettings:
 
 
 class Float16OverflowError(ModelError):
-    """A network's output contains NaN or infinity, but its arithmetic was in float16."""
+    """A network's output contains NaN or infinity, but its arithmetic was in float16.
+
+    Args:
+        message: the error in words.
+        walk: the model whose network it is.
+    """
+
+    def __init__(self, message: str, walk: "ModelWalk") -> None:
+        super().__init__(message)
+        self.walk = walk
 
 
 class ModelWalk:
@@ -113,7 +122,7 @@ class ModelWalk:
         self.settings = settings
         self.device = choose_device(settings.device)
         self.precision = settings.precision
-        self.engine = self._engine()
+        self.engine = self._engine(self.precision)
         self.layout = layout_of(model, settings.overlap)
         if self.device.type == "cpu":
             check_windows(model.description, self.layout.patch_size)
@@ -122,14 +131,12 @@ class ModelWalk:
         self.normalisers = build_normalisers(model.description.normalisation)
         self.mirror_axes = model.description.mirror_axes if settings.tta else ()
         # Recording changes the network, which several threads may share.
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
-    def _engine(self) -> Engine:
+    def _engine(self, precision: torch.dtype) -> Engine:
+        settings = self.settings
         return choose_engine(
-            self.settings.engine,
-            self.model,
-            device=self.settings.device,
-            precision=self.precision,
+            settings.engine, self.model, device=settings.device, precision=precision
         )
 
     def _windows_at_once(self) -> int:
@@ -141,14 +148,15 @@ class ModelWalk:
 
     def use_float32(self) -> None:
         """Compute in float32 from now on, because outputs overflow float16."""
-        if self.precision == torch.float32:  # another thread was first
-            return
-        logger.warning(
-            "the outputs of %s overflow float16; it is computed in float32 from now on",
-            self.model.description.run,
-        )
-        self.precision = torch.float32
-        self.engine = self._engine()
+        with self.lock:
+            if self.precision == torch.float32:  # another thread was first
+                return
+            logger.warning(
+                "the outputs of %s overflow float16; it is computed in float32 from now on",
+                self.model.description.run,
+            )
+            self.engine = self._engine(torch.float32)
+            self.precision = torch.float32
 
     def logits(self, windows: Tensor) -> Tensor:
         """Logits of windows; in float32 if they overflow float16. A GPU makes the host wait."""
@@ -259,9 +267,12 @@ class ModelWalk:
         if maps.spread is not None:
             places = (place for place in itertools.product(*starts) if place not in empty)
             maps.spread.set_windows(places, layout.patch_size)
+        with self.lock:
+            engine, precision = self.engine, self.precision
+        finite = FiniteWatch()
         slabs = stream(
             prepared.image,
-            self._function(maps, presence, spreads),
+            self._function(engine, precision, maps, presence, spreads, finite),
             layout,
             axis=WALK_AXIS,
             batch_size=self.batch_size,
@@ -269,30 +280,40 @@ class ModelWalk:
             unseen={LOGITS: self.background(spreads=spreads), **maps.unseen()},
         )
         return to_source_rows(
-            self._logits_of(track(slabs, len(starts[WALK_AXIS])), maps, presence),
+            self._logits_of(track(slabs, len(starts[WALK_AXIS])), maps, finite, precision),
             prepared,
             written=self.model.description.labelling.written,
             with_spread=spreads,
         )
 
     def _function(
-        self, maps: MapCollector, presence: list[Tensor], spreads: bool
+        self,
+        engine: Engine,
+        precision: torch.dtype,
+        maps: MapCollector,
+        presence: list[Tensor],
+        spreads: bool,
+        finite: FiniteWatch,
     ) -> WindowFunction:
         """Function from a batch of windows to logits and maps that have a position.
 
         With `spreads`, the variance between mirror images is the last channel of the logits.
 
         Args:
+            engine: runs the network.
+            precision: data type of its arithmetic.
             maps: takes the maps over channels.
             presence: a list to which the presence logits of each batch are added.
             spreads: whether the variance between mirror images is computed.
+            finite: looks at presence logits, and at maps in float16, which they may overflow.
         """
         keys = [
             *maps.infos,
             *([PRESENCE] if self.model.network.presence is not None else []),
             *([SPREAD] if spreads else []),
         ]
-        engine = self.engine
+        in_half = precision == torch.float16
+        looked_at = [key for key in keys if key == PRESENCE or (in_half and key in maps.infos)]
         if self.mirror_axes:
             regions = self.model.description.labelling.written is not None
             engine = Mirrored(engine, self.mirror_axes, batch_size=self.batch_size, regions=regions)
@@ -300,6 +321,8 @@ class ModelWalk:
         def run(windows: Tensor) -> dict[str, Tensor]:
             with self.lock:
                 outputs = engine(windows, keys)
+            for key in looked_at:
+                finite.add(outputs[key])
             maps.take_vectors(outputs)
             if PRESENCE in outputs:
                 presence.append(outputs.pop(PRESENCE).amax(dim=0))
@@ -318,31 +341,35 @@ class ModelWalk:
         return torch.cat([background, torch.zeros(1)]) if spreads else background
 
     def _logits_of(
-        self, slabs: Iterable[Slab], maps: MapCollector, presence: Sequence[Tensor]
+        self,
+        slabs: Iterable[Slab],
+        maps: MapCollector,
+        finite: FiniteWatch,
+        precision: torch.dtype,
     ) -> Iterator[Tensor]:
         """The logits of each slab; `maps` collects its maps.
 
-        A slab is checked for NaN when the next one has been queued for the device, and presence
-        logits at the end.
+        A slab is checked for NaN when the next one has been queued for the device.
         """
-        finite, precision = FiniteWatch(), self.precision
         for slab in slabs:
-            self._check(finite, precision)
+            self._check(finite.so_far(), precision)
             finite.add(slab.rows[LOGITS])
+            finite.send()
             maps.take_rows(slab)
             # Not kept in a variable, which would keep its memory while the next slab is made.
             yield slab.rows.pop(LOGITS)
-        for logits in presence:
-            finite.add(logits)
-        self._check(finite, precision)
+        self._check(finite.at_end(), precision)
 
-    def _check(self, finite: FiniteWatch, precision: torch.dtype) -> None:
-        if not finite.all_finite():
-            kind = Float16OverflowError if precision == torch.float16 else ModelError
-            raise kind(
-                f"{self.model.description.run}: the network's output contains NaN or infinity; "
-                f"predict in float32, or train it again"
-            )
+    def _check(self, finite: bool, precision: torch.dtype) -> None:
+        if finite:
+            return
+        told = (
+            f"{self.model.description.run}: the network's output contains NaN or infinity; predict "
+            f"in float32, or train it again"
+        )
+        if precision == torch.float16:
+            raise Float16OverflowError(told, self)
+        raise ModelError(told)
 
 
 def window_layout(

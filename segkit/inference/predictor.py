@@ -225,13 +225,14 @@ class Predictor:
             allocate=allocate,
             track=track,
         )
-        try:
-            return predict()
-        except Float16OverflowError:
-            pass  # when this block ends, the memory of the failed call is free
-        for member in self.members:
-            member.use_float32()
-        return predict()
+        while True:
+            try:
+                return predict()
+            except Float16OverflowError as error:
+                overflowing = error.walk
+            # When that block has ended, the memory of the failed call is free. Each model can fail
+            # so only once.
+            overflowing.use_float32()
 
     def _predict(
         self,

@@ -53,4 +53,4 @@ def segment_prepared(
 
     half = torch.is_autocast_enabled(device.type)
     labels, finite = segment(torch.get_autocast_dtype(device.type) if half else torch.float32)
-    return labels if finite.all_finite() else segment(torch.float32)[0]
+    return labels if finite.at_end() else segment(torch.float32)[0]

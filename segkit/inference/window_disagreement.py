@@ -51,7 +51,8 @@ class WindowSpread:
         squares: Float[Tensor, "channel *cells"],
     ) -> Float[Tensor, "channel *cells"]:
         """The standard deviation, from the blended map and the blended squares."""
-        return (squares - (mean - self._centre(key, mean)) ** 2).clamp(min=0).sqrt()
+        difference = mean - self._centre(key, mean)
+        return (squares.to(mean.device) - difference**2).clamp(min=0).sqrt()
 
     def _centre(self, key: str, values: Tensor) -> Tensor:
         """The centre, where the values are: on the host if GPU memory ran out."""

@@ -45,7 +45,8 @@ SIGNATURE = inspect.signature(_arguments)
 class RightConvolutions(TorchFunctionMode):
     """A context in which convolutions on a CPU get the right gradient.
 
-    Their outputs are the same but for rounding. The backward pass may take place outside.
+    Their outputs are the same but for rounding. The backward pass may take place outside, unless it
+    computes features again (`torch.utils.checkpoint`).
 
     Example:
         with torch.autocast("cpu", dtype=torch.bfloat16), RightConvolutions():

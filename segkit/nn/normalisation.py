@@ -43,19 +43,25 @@ def order_for(network: nn.Module, device: torch.device) -> None:
     Otherwise PyTorch's own normalisation would copy the features to the other order and back, which
     costs more time than channels last saves.
     """
-    if device.type == "cpu" or (device.type == FUSED_DEVICE and fuse_normalisation(network)):
+    on_gpu = device.type == FUSED_DEVICE
+    if device.type == "cpu" or (on_gpu and fuse_normalisation(network, device)):
         channels_last(network)
 
 
-def fuse_normalisation(network: nn.Module) -> bool:
+def fuse_normalisation(network: nn.Module, device: torch.device | None = None) -> bool:
     """Let each instance normalisation of a network run in one kernel with the leaky ReLU after it.
 
     This has an effect only on a GPU, in float32, float16 or bfloat16, if the network is neither
     compiled nor exported. Otherwise the outputs of the network stay the same, bit for bit. Weights,
     their names and their order in memory do not change.
 
+    Args:
+        network: the network.
+        device: the GPU on which it will run; None if this is not known yet.
+
     Returns:
-        True if the network has instance normalisation and no other, and triton is installed.
+        True if the network has instance normalisation and no other, and triton is installed and can
+        compile for the GPU.
     """
     others = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
     normalisations = [
@@ -66,29 +72,33 @@ def fuse_normalisation(network: nn.Module) -> bool:
     own = [each for each in normalisations if isinstance(each, InstanceNormalisation)]
     for module in own:
         module.fused = True
-    return 0 < len(own) == len(normalisations) and _normalise_and_leak() is not None
+    device = device or torch.device("cpu")
+    return 0 < len(own) == len(normalisations) and _normalise_and_leak(device) is not None
 
 
 @cache
-def _normalise_and_leak() -> Callable[..., Tensor] | None:
-    """`normalise_and_leak`, or None if triton is not installed or cannot compile here."""
+def _normalise_and_leak(device: torch.device) -> Callable[..., Tensor] | None:
+    """`normalise_and_leak`, or None if triton is not installed or cannot compile for a device."""
     if find_spec("triton") is None:
         return None
     from segkit.nn.fused_normalisation import normalise_and_leak
 
-    return normalise_and_leak if _compiles(normalise_and_leak) else None
+    return normalise_and_leak if _compiles(normalise_and_leak, device) else None
 
 
-def _compiles(function: Callable[..., Tensor]) -> bool:
-    """Whether triton can compile `normalise_and_leak` for the GPU, for which it needs a C compiler.
+def _compiles(function: Callable[..., Tensor], device: torch.device) -> bool:
+    """Whether triton can compile `normalise_and_leak` for a GPU, for which it needs a C compiler.
 
-    Without a GPU nothing is compiled, and the answer is True.
+    For a CPU nothing is compiled, and the answer is True.
     """
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
         return True
-    features = torch.ones(1, 16, 8, device=FUSED_DEVICE)
+    features = torch.ones(1, 16, 8, device=device)
     try:
-        function(features, features[0, :, 0], features[0, :, 0], eps=1e-5, slope=0.01)
+        with torch.cuda.device(device):
+            function(features, features[0, :, 0], features[0, :, 0], eps=1e-5, slope=0.01)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # triton's errors have no class in common
         reason = (str(error) or type(error).__name__).splitlines()[0]
         logger.warning(
@@ -255,7 +265,7 @@ class InstanceNormalisation(GroupNormalisation):
         """Normalisation and leaky ReLU of a slope in one kernel, or None if this is impossible."""
         if not self.runs_fused(features):
             return None
-        function = _normalise_and_leak()
+        function = _normalise_and_leak(features.device)
         assert function is not None
         return function(features, self.weight, self.bias, eps=self.eps, slope=slope)
 
@@ -268,7 +278,7 @@ class InstanceNormalisation(GroupNormalisation):
             and (features.dtype != torch.bfloat16 or _has_bfloat16(features.device))
             and features.numel() > 0
             and _is_plain_call(features)
-            and _normalise_and_leak() is not None
+            and _normalise_and_leak(features.device) is not None
         )
 
     def in_any_order(self, features: Tensor) -> Tensor:

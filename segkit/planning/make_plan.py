@@ -1,6 +1,5 @@
 """`segkit plan`: a training config for a dataset, with the reason for each value."""
 
-import contextlib
 import logging
 import re
 import unicodedata
@@ -20,7 +19,7 @@ from segkit.data.case_groups import told_of_split
 from segkit.data.dataset import Dataset
 from segkit.data.split import Split, split_with
 from segkit.errors import counted, printable
-from segkit.inference.window_seconds import mean_windows, num_windows, scored_in
+from segkit.inference.window_seconds import mean_windows, scored_in
 from segkit.io.file_names import is_file_name
 from segkit.io.volume import read_picture_facts
 from segkit.io.volume_names import is_picture
@@ -134,9 +133,7 @@ def plan_dataset(
         track=track,
         began=began,
     )
-    timed_on_card = task.timed and task.device.type == "cuda"
-    with torch.cuda.device(task.device) if timed_on_card else contextlib.nullcontext():
-        planned = planned_task(task)
+    planned = planned_task(task)
     warn_if_busy(task)
     return planned
 
@@ -297,9 +294,7 @@ def _seconds_of_case(
         window = _estimated(plan, description)[1]
     numbers = task.fingerprint.numbers()
     sizes = rules.resampled_shapes(numbers.spacings, numbers.shapes, plan.spacing)
-    patch, stride = description.volume_patch, description.volume_stride
-    windows = [num_windows(size, patch, stride) for size in sizes]
-    return window * mean_windows(windows, description, task.device, precision)
+    return window * mean_windows(sizes, description, task.device, precision)
 
 
 def _estimated(plan: Plan, description: ModelDescription) -> tuple[float, float]:

@@ -105,12 +105,13 @@ class PlanningTask:
             with kernels_of_training(self.device):
                 return self.figures.once(about, measure, self.device)
         except torch.OutOfMemoryError:
-            free = free_memory_of(self.device) / 1e9
-            raise TrainingError(
-                f"{self.device}: its memory is too small to time a training step of a plan for "
-                f"{self.gigabytes:g} GB, of which {free:.1f} GB are free; end other programs that "
-                f"use it, or plan for less memory (segkit plan --memory)"
-            ) from None
+            pass  # when this block ends, the memory of the failed call is free
+        free = free_memory_of(self.device) / 1e9
+        raise TrainingError(
+            f"{self.device}: its memory is too small to time a training step of a plan for "
+            f"{self.gigabytes:g} GB, and {free:.1f} GB are free; end other programs that use it, "
+            f"or plan for less memory (segkit plan --memory)"
+        )
 
     def draft(self) -> Schedule:
         """nnU-Net's own schedule, or a provisional one until steps are timed."""

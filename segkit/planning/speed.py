@@ -83,8 +83,7 @@ def step_seconds(
     generator = torch.Generator().manual_seed(0)
 
     def losses(image: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-        half_precision = torch.autocast(device.type, dtype=half, enabled=half != torch.float32)
-        with half_precision, right_convolutions(device):
+        with torch.autocast(device.type, dtype=half, enabled=half != torch.float32):
             levels = network.supervised(image).levels
         return (deep_dice_cross_entropy(levels, label, pool_batch=False),)
 
@@ -97,7 +96,8 @@ def step_seconds(
 
     def step(image: Tensor, label: Tensor) -> None:
         if graphed is None:
-            losses(image, label)[0].backward()
+            with right_convolutions(device):
+                losses(image, label)[0].backward()
         else:
             graphed(image, label)
         torch.nn.utils.clip_grad_norm_(parameters, CLIPPED)
@@ -126,12 +126,17 @@ def kernels_of_training(device: torch.device) -> Iterator[None]:
     """A context in which cuDNN searches for the fastest kernels on a GPU, as it does in training.
 
     PyTorch keeps the kernel of a shape, so one that was chosen without a search would stay for the
-    training that follows in the same process.
+    training that follows in the same process. The device is PyTorch's current GPU in it, on whose
+    streams steps are recorded.
     """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before or device.type == "cuda"
-    try:
+    if device.type != "cuda":
         yield
+        return
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with torch.cuda.device(device):
+            yield
     finally:
         torch.backends.cudnn.benchmark = before
 

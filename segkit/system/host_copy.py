@@ -27,6 +27,8 @@ class HostCopy:
             self.held.copy_(tensor, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record(torch.cuda.current_stream(tensor.device))
+        elif tensor.device.type != "cpu":
+            self.held = tensor.cpu()
 
     @property
     def arrived(self) -> bool:

@@ -1,5 +1,6 @@
 """The cores, memory and devices that this process may use."""
 
+import contextlib
 import logging
 import math
 import os
@@ -63,7 +64,9 @@ def bfloat16_is_fast() -> bool:
 def precision_of(device: torch.device) -> torch.dtype:
     """The data type in which a device probably trains and predicts fastest."""
     if device.type == "cuda":
-        half = torch.cuda.is_bf16_supported(including_emulation=False)
+        # PyTorch tells this of the current GPU.
+        with contextlib.nullcontext() if device.index is None else torch.cuda.device(device):
+            half = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if half else torch.float16
     return torch.bfloat16 if device.type == "cpu" and bfloat16_is_fast() else torch.float32
 

@@ -16,7 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
-from torch import Tensor, nn
+from torch import nn
 
 from segkit.config.model import ModelDescription
 from segkit.config.training import LEAST_STEPS, SHARE_OF_PREPARING, Config
@@ -27,7 +27,7 @@ from segkit.data.resident import bytes_of
 from segkit.data.split import ALL_TRAIN, split_of
 from segkit.errors import counted
 from segkit.geometry.grid import Orientation
-from segkit.inference.window_seconds import num_windows, seconds_of_case
+from segkit.inference.window_seconds import seconds_of_case
 from segkit.model.folder import Model
 from segkit.system.memory import in_words
 from segkit.system.only_errors import only_errors
@@ -36,6 +36,7 @@ from segkit.system.resources import peak_of_process
 from segkit.system.signals import advice_on_stop
 from segkit.training.fit import train
 from segkit.training.lightning_private import set_last_step
+from segkit.training.module import SegmentationModule
 from segkit.training.resolve import check_images, check_precision, computed_in, precision
 from segkit.training.time_budget import TimeBudget
 from segkit.training.time_limit import too_slow, wait_for_device
@@ -182,7 +183,6 @@ class Stopwatch(Callback):
         self.stands_for = stands_for
         self.ends: list[float] = []
         self.loss = float("nan")
-        self.last_loss: Tensor | None = None
         self.device = torch.device("cpu")
         self.before = 0
         self.peak: int | None = None
@@ -213,8 +213,6 @@ class Stopwatch(Callback):
         """Record the end of a step. Only the first and the last measured step wait for a GPU."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        # A GPU logs only some of the steps.
-        self.last_loss = outputs["loss"]
         done = trainer.global_step
         if done in (1, WARM_UP, WARM_UP + MEASURED):
             wait_for_device(self.device)
@@ -226,7 +224,9 @@ class Stopwatch(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the loss of the last step and the peak memory."""
         wait_for_device(self.device)
-        self.loss = float("nan") if self.last_loss is None else float(self.last_loss)
+        # Not the logged one: a GPU logs only some of the steps.
+        assert isinstance(pl_module, SegmentationModule)
+        self.loss = float(torch.stack(pl_module.losses_of_step).mean())
         if self.device.type != "cuda":
             self.peak = peak_of_process()
             return
@@ -325,17 +325,20 @@ def _seconds_of_case(
         return 0.0, 0.0
     description, network = model.description, model.network
     assert isinstance(network, nn.Module)
-    counts = []
+    sizes = []
     for case in cases[:READ]:
         grid = grid_of_case(case, dataset)
         grid = Orientation.of(grid.affine).turn_grid(grid)
-        size = [
-            max(round(n * own / wanted), 1)
-            for n, own, wanted in zip(grid.shape, grid.spacing, description.spacing, strict=True)
-        ]
-        counts.append(num_windows(size, description.volume_patch, description.volume_stride))
+        sizes.append(
+            [
+                max(round(n * own / wanted), 1)
+                for n, own, wanted in zip(
+                    grid.shape, grid.spacing, description.spacing, strict=True
+                )
+            ]
+        )
     network.to(device)
-    seconds = seconds_of_case(network, description, counts, trained_in)
+    seconds = seconds_of_case(network, description, sizes, trained_in)
     network.to("cpu")
     return seconds
 

@@ -195,7 +195,8 @@ class SegmentationModule(L.LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients, unless a recorded step has done so."""
         if loss.requires_grad:
-            super().backward(loss, *args, **kwargs)
+            with right_convolutions(self.device):  # a network may compute features again here
+                super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Reset the gradients. A recorded step overwrites them itself, in the same memory."""

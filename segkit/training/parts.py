@@ -45,6 +45,7 @@ from segkit.training.resolve import (
     check_plane,
     check_precision,
     describe,
+    first_gpu,
     in_bfloat16_on_cpu,
     resolve,
 )
@@ -363,13 +364,14 @@ def _stored(
 ) -> tuple[Mapping[str, Path] | None, tuple[StoredCase, ...], tuple[StoredCase, ...]]:
     """Files with first-stage labels, prepared training cases, and prepared held-out cases."""
     cache, accelerator = config.data.cache, config.trainer.accelerator
+    on_gpu = accelerator in ("gpu", "cuda")
     assert cache is not None, "a resolved config has one"
     first_labels = label_cases(
         (*split.train, *split.held_out),
         dataset,
         first_stage,
         cache=cache,
-        device={"gpu": "cuda"}.get(accelerator, accelerator),
+        device=str(first_gpu(config)) if on_gpu else accelerator,
         track=track,
     )
 

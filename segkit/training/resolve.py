@@ -39,7 +39,7 @@ from segkit.geometry.grid import Orientation
 from segkit.model.addresses import is_address
 from segkit.model.build_attention import heads_that_fit
 from segkit.system.progress import Track, untracked
-from segkit.system.resources import bfloat16_is_fast
+from segkit.system.resources import bfloat16_is_fast, precision_of
 from segkit.training.ct_window import with_windows
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,18 @@ def precision(config: Config) -> str | int:
         return asked
     if config.trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return "bf16-mixed" if bfloat16_is_fast() else "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    half = precision_of(first_gpu(config))
+    return "bf16-mixed" if half == torch.bfloat16 else "16-mixed"
+
+
+def first_gpu(config: Config) -> torch.device:
+    """The first of the GPUs that train, if a GPU trains."""
+    devices = config.trainer.devices
+    if isinstance(devices, str) and "," in devices:  # such as "1,3"; "3" is a number of GPUs
+        devices = [int(each) for each in devices.split(",") if each.strip()]
+    if isinstance(devices, list) and devices:
+        return torch.device("cuda", devices[0])
+    return torch.device("cuda")
 
 
 def computed_in(precision: str | int) -> torch.dtype:

@@ -253,13 +253,14 @@ class Deadline(Callback):
         """Measure the time of a window, to estimate the time of validations and of scoring."""
         if self.cases:
             patch, stride = self.description.volume_patch, self.description.volume_stride
-            counts = [num_windows(case.label.shape, patch, stride) for case in self.cases]
+            sizes = [case.label.shape for case in self.cases]
+            counts = [num_windows(size, patch, stride) for size in sizes]
             mean = sum(counts) / len(counts)
             if validated := counts[: self.budget.validated]:
                 self.budget.relative_size = sum(validated) / len(validated) / mean
             assert isinstance(pl_module.network, nn.Module)
             validating, scoring = seconds_of_case(
-                pl_module.network, self.description, counts, computed_in(trainer.precision)
+                pl_module.network, self.description, sizes, computed_in(trainer.precision)
             )
             self.budget.scoring_factor = scoring / validating
             self.budget.per_case = self.budget.per_case or validating

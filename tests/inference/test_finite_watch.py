@@ -14,8 +14,17 @@ def test_one_bad_value_among_the_largest_numbers_is_found(bad: float) -> None:
     watch = FiniteWatch()
     watch.add(values)  # their sum overflows, but they are finite
     watch.add(torch.empty(3, 0))
-    assert watch.all_finite() and watch.all_finite()
+    watch.send()
+    assert watch.so_far() and watch.at_end()
     values[4, 5, 6] = bad
     watch.add(values.movedim(0, -1))
+    assert watch.so_far()  # it has not been sent
     watch.add(torch.zeros(3))
-    assert not watch.all_finite()
+    watch.send()
+    watch.add(torch.zeros(3))
+    assert not watch.so_far() and not watch.at_end() and not watch.so_far()
+    late = FiniteWatch()
+    late.add(torch.zeros(3))
+    late.send()
+    late.add(values)
+    assert not late.at_end()

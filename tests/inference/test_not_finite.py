@@ -1,6 +1,7 @@
 """Outputs that overflow float16 are computed in float32; NaN elsewhere is an error."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,20 @@ def test_a_volume_whose_outputs_fit_into_float16_stays_in_float16(
     predictor(noise_volume(SHAPE), **EVERYTHING)
     assert predictor.members[0].precision == torch.float16 and not caplog.records
     assert made_by(predictor, {}, [])["engines"] == ["torch"]
+
+
+def test_only_the_model_that_overflows_is_computed_in_float32_also_in_several_threads(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    models = [headed_model(), overflowing(1e8)]
+    half = Predictor(models, device="cpu", engine="torch", precision=torch.float16)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(half, [noise_volume(SHAPE)] * 6))
+    assert [member.precision for member in half.members] == [torch.float16, torch.float32]
+    assert caplog.text.count("overflow float16") == 1
+    expected = half(noise_volume(SHAPE)).labels.data
+    for each in found:
+        assert_array_equal(each.labels.data, expected)
 
 
 def test_only_the_windows_of_the_last_slab_need_overflow() -> None:

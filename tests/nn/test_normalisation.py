@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -257,7 +258,7 @@ def test_a_bias_that_a_fused_normalisation_cancels_is_left_out_and_its_gradient_
     ) -> Tensor:
         return F.leaky_relu(F.instance_norm(features, weight=weight, bias=bias, eps=eps), slope)
 
-    monkeypatch.setattr(normalisation, "_normalise_and_leak", lambda: planted)
+    monkeypatch.setattr(normalisation, "_normalise_and_leak", lambda _: planted)
     monkeypatch.setattr(normalisation, "FUSED_DEVICE", "cpu")
     torch.manual_seed(0)
     block = ConvolutionBlock(3, 2, widths=(8, 4), kernel=(3, 3, 3)).double()
@@ -314,7 +315,7 @@ def test_a_convolution_of_another_kind_computes_what_it_says_also_if_fused(
     block.layers[0] = nn.Sequential(layer) if own == "wrapper" else layer
     image = torch.randn(2, 2, 6, 5, 4)
     expected = block(image)
-    monkeypatch.setattr(normalisation, "_normalise_and_leak", lambda: planted)
+    monkeypatch.setattr(normalisation, "_normalise_and_leak", lambda _: planted)
     monkeypatch.setattr(normalisation, "FUSED_DEVICE", "cpu")
     fuse_normalisation(block)
     torch.testing.assert_close(block(image), expected, rtol=1e-4, atol=1e-5)
@@ -342,7 +343,7 @@ def test_on_a_gpu_normalisation_and_activation_are_one_if_fused_and_if_triton_is
         slopes.append(slope)
         return features
 
-    monkeypatch.setattr(normalisation, "_normalise_and_leak", lambda: planted if triton else None)
+    monkeypatch.setattr(normalisation, "_normalise_and_leak", lambda _: planted if triton else None)
     monkeypatch.setattr(normalisation, "FUSED_DEVICE", "cpu")
     image = torch.randn(1, 2, 6, 5, 4)
     block = ConvolutionBlock(3, 2, widths=(8, 4), kernel=(3, 3, 3))
@@ -362,8 +363,8 @@ def test_on_a_gpu_normalisation_and_activation_are_one_if_fused_and_if_triton_is
 def test_without_a_c_compiler_normalisation_is_pytorchs_own_and_a_warning_tells_of_it(
     error: Exception | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(normalisation, "FUSED_DEVICE", "cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(size) + 1)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     launched = []
 
     def launch(*arguments: Tensor, eps: float, slope: float) -> Tensor:
@@ -372,7 +373,8 @@ def test_without_a_c_compiler_normalisation_is_pytorchs_own_and_a_warning_tells_
             raise error
         return arguments[0]
 
-    assert normalisation._compiles(launch) == (error is None)
+    assert normalisation._compiles(launch, torch.device("cpu")) and not launched
+    assert normalisation._compiles(launch, torch.device("cuda", 1)) == (error is None)
     assert len(launched) == 1
     told = "triton cannot compile (Failed to find C compiler.); install a C compiler"
     assert (told in caplog.text) == (error is not None)

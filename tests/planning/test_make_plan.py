@@ -556,7 +556,7 @@ def test_a_step_is_timed_with_the_augmentation_of_the_plan(
 
 
 def test_the_second_stage_reserves_time_for_the_labels_of_the_first(
-    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: Path, tmp_path: Path, steady: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 2e9)
     monkeypatch.setattr(planned_seconds, "step_seconds", lambda *_, **__: 0.5)
@@ -588,7 +588,7 @@ def test_too_little_memory_for_a_step_is_one_sentence(
     monkeypatch.setattr(planning_task, "free_memory_of", lambda _: 1_200_000_000)
     monkeypatch.setattr(planning_task, "multiply_adds_per_second", lambda *_: 1e9)
     monkeypatch.setattr(planned_seconds, "seconds_of_step", full)
-    told = r"memory is too small to time .* of a plan for 80 GB, of which 1\.2 GB are free; end"
+    told = r"memory is too small to time .* of a plan for 80 GB, and 1\.2 GB are free; end"
     with pytest.raises(TrainingError, match=told):
         plan_dataset(dataset, cache=tmp_path / "c", device="cpu", gigabytes=80, minutes=1)
 
@@ -633,6 +633,6 @@ def test_a_gpu_too_full_to_be_timed_is_told_in_a_sentence(
 
     monkeypatch.setattr(planning_task, "multiply_adds_per_second", full)
     monkeypatch.setattr(planning_task, "free_memory_of", lambda _: 1_200_000_000)
-    told = r"cpu: its memory is too small to time .* 8 GB, of which 1\.2 GB are free; end other"
+    told = r"cpu: its memory is too small to time .* 8 GB, and 1\.2 GB are free; end other"
     with pytest.raises(TrainingError, match=told):
         plan_dataset(dataset, cache=tmp_path / "cache", device="cpu", minutes=1)

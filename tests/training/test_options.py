@@ -22,7 +22,7 @@ from segkit.model.folder import load_model
 from segkit.model.start_from import start_from
 from segkit.training import resolve
 from segkit.training.fit import train
-from segkit.training.resolve import precision
+from segkit.training.resolve import first_gpu, precision
 from segkit.training.weight_average import Averaging
 from tests.small import small_config, small_dataset
 from tests.training.drawn_folds import fold_of
@@ -298,3 +298,14 @@ def test_half_precision_is_for_devices_that_are_faster_in_it(
     assert precision(config) == expected
     asked = small_config(Path("data"), trainer={"accelerator": "cpu", "precision": "bf16-mixed"})
     assert precision(asked) == "bf16-mixed"
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [(1, "cuda"), ("2", "cuda"), ("auto", "cuda"), ([1], "cuda:1"), ("3,", "cuda:3"), ([], "cuda")],
+)
+def test_the_first_gpu_that_trains_is_the_first_of_the_numbered_ones(
+    devices: Any, expected: str
+) -> None:
+    config = small_config(Path("data"), trainer={"devices": devices, "accelerator": "gpu"})
+    assert first_gpu(config) == torch.device(expected)

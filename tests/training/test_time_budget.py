@@ -132,8 +132,9 @@ def test_the_time_of_small_cases_that_validate_does_not_stand_for_large_ones(
     clock.now += 3.0
     deadline.on_validation_end(trainer, module)
     assert budget.per_case == pytest.approx(3.0 * 5) and budget.validation == pytest.approx(3.0)
-    # In single precision small windows are computed in pairs: 2, 8 and 8 instead of 1, 7 and 7.
-    assert budget.for_scoring == pytest.approx(1 + 3 * 15.0 * 18 / 15)
+    # In single precision a small window that is alone in its row is computed as two: 2, 14 and 8
+    # windows instead of 1, 7 and 7.
+    assert budget.scores_are_long and budget.for_scoring == pytest.approx(5 + 3 * 15.0 * 24 / 15)
 
 
 def test_a_slow_first_step_does_not_make_the_others_slower_than_planned() -> None:
@@ -397,6 +398,10 @@ def test_only_long_scores_of_a_timed_run_pay_for_a_conversion(tmp_path: Path) ->
 def test_windows_of_a_case_overlap_by_half() -> None:
     assert num_windows((64, 32, 10), (32, 32, 32), (8, 8, 8)) == 3
     assert num_windows((64, 32, 10), (32, 32, 1), (8, 8, 1)) == 3 * 10  # slices do not overlap
+    # 3 x 3 x 3 windows: in each of three rows, the last of nine is computed as two.
+    assert num_windows((64, 64, 64), (32, 32, 32), (8, 8, 8), at_once=2) == 3 * 10
+    assert num_windows((64, 32, 10), (32, 32, 32), (8, 8, 8), at_once=2) == 3 * 2
+    assert num_windows((64, 32, 10), (32, 32, 32), (8, 8, 8), at_once=2, axis=1) == 4
 
 
 @given(
