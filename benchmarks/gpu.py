@@ -6,8 +6,9 @@
 DATASET is the Decathlon's hippocampus dataset, for `accuracy`: it plans for 100 s and trains on
 fold 0 of nnU-Net's five folds. The other parts need no data. Each part runs in its own process, and
 its failure does not stop the next; the exit status is then 1. All parts together take at most 8
-minutes: a part that is not done by then is stopped. MONAI is measured beside prediction if it is
-installed; `benchmarks/peers/nnunet_training.py` measures nnU-Net's training.
+minutes: a part that is not done by then is stopped. At the end, one table shows all figures. MONAI
+is measured beside prediction if it is installed; nnU-Net's figures in the table were measured on an
+H200.
 """
 
 import argparse
@@ -46,6 +47,7 @@ TINY = {"channels": [4, 8, 8], "patch": [16, 16, 16], "batch": 2, "steps": 6}
 TINY_CASES = (4, (20, 20, 20))
 
 
+FOLD, BUSY = "hippocampus fold 0", "GPU busy %, first to last sample above 50 %"
 SECONDS = 480.0
 """Seconds for all parts together."""
 UTILISATION = (
@@ -138,7 +140,7 @@ def step(size: str, *, rehearsed: bool) -> None:
         }
         if not rehearsed:
             figures["peak GB"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
-    print(json.dumps({"step": size, **figures}))
+    print(json.dumps({"step": "large step" if size == "large" else size, **figures}))
 
 
 def accuracy(dataset: Path, *, rehearsed: bool) -> None:
@@ -171,15 +173,56 @@ def accuracy(dataset: Path, *, rehearsed: bool) -> None:
     print(
         json.dumps(
             {
-                "hippocampus fold 0": summary["validation"]["mean_dice"],
+                FOLD: summary["validation"]["mean_dice"],
                 "steps": summary["steps"],
                 "seconds of training": summary["seconds_of_training"],
                 "seconds of planning": round(planned, 1),
                 "seconds of segkit train": round(wall, 1),
                 "GPU busy %, whole command": _mean(shares),
-                "GPU busy %, first to last sample above 50 %": _mean(between),
+                BUSY: _mean(between),
             }
         )
+    )
+
+
+def table(lines: Sequence[str]) -> str:
+    """All figures beside those of version 0.1, those that are wanted, and those of other programs.
+
+    Args:
+        lines: the output of all parts; those with figures are JSON objects.
+    """
+    found: dict[str, Any] = {}
+    tests = ""
+    for line in lines:
+        if line.startswith("{"):
+            told = json.loads(line)
+            if "step" in told:
+                found[told["step"]] = told["ms"]
+            elif "case" in told:
+                found[told["case"]] = told["seconds"]
+            else:
+                found |= told
+        elif " in " in line and ("passed" in line or "failed" in line):
+            tests = line.strip("= ")
+    brain, large = found.get("brain", {}), found.get("large", {})
+    peers = ", ".join(f"{name} {value}" for name, value in brain.items() if name != "segkit")
+    rows = [
+        ("small step, ms", "36.3", "<= 10", found.get("small"), "nnU-Net 19.1"),
+        ("large step, ms", "90.7", "<= 40", found.get("large step"), ""),
+        ("GPU busy, %", "29", ">= 90", found.get(BUSY), ""),
+        ("hippocampus fold 0", "0.8806", ">= 0.887", found.get(FOLD), "nnU-Net 0.8730"),
+        ("60 classes, 512x512x300, s", "13.1", "<= 3", large.get("segkit"), ""),
+        ("1 mm brain, s", "0.54", "<= 0.3", brain.get("segkit"), peers),
+        ("pytest -m gpu", "3 of 4", "all", tests or None, ""),
+    ]
+    shown = [
+        ("", "0.1", "wanted", "now", "others"),
+        *((*row[:3], "not measured" if row[3] is None else str(row[3]), row[4]) for row in rows),
+    ]
+    widths = [max(len(row[column]) for row in shown) for column in range(len(shown[0]))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in shown
     )
 
 
@@ -237,22 +280,26 @@ def main() -> None:
     commands = {
         "step": [[*own, "small"], [*own, "large"]],
         "accuracy": [[*own, "accuracy"]] if options.dataset else [],
-        "predict": [[*inference, "--device", "cuda", "brain", "large"]],
+        # Two commands, because the brain needs a template, and the other volume none.
+        "predict": [[*inference, "--device", "cuda", case] for case in ("brain", "large")],
         "tests": [[*pytest, "-m", "gpu"]],
     }
     if options.rehearse:  # volumes of the real size would take minutes on a CPU
         commands |= {"predict": [[*inference, "--help"]], "tests": [[*pytest, "-m", "gpu", "--co"]]}
     failed, began = False, time.perf_counter()
+    told: list[str] = []
     for part in options.only:
         for command in commands[part]:
             started = time.perf_counter()
             status, output, errors = _run(command, began + options.seconds - started)
+            told += output.splitlines()
             print("\n".join(output.splitlines()[-40:]))
             if status != 0:
                 failed = True
                 print(errors[-1500:])
             how = "stopped" if status is None else f"exit {status}"
             print(f"{part}: {how}, {time.perf_counter() - started:.0f} s", flush=True)
+    print(table(told), flush=True)
     sys.exit(failed)
 
 

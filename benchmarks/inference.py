@@ -132,6 +132,8 @@ def show(
             f"{same[name]:.4%}" if same and name in same else "",
         )
     console.print(table)
+    seconds = {name: round(median, 2) for name, median in medians.items()}
+    print(json.dumps({"case": title.split(",")[0], "seconds": seconds}), flush=True)
 
 
 def compared(

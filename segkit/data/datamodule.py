@@ -1,5 +1,6 @@
 """Batches for Lightning: numbered patches for training, whole prepared cases for validation."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -13,8 +14,11 @@ from segkit.data.drawn_ahead import DrawnAhead
 from segkit.data.patches import Patch, PatchDataset, indexable
 from segkit.data.prepared_cache import StoredCase
 from segkit.data.resident import ResidentCases, ResidentLoader, ResidentPatches, fits
+from segkit.errors import counted
 from segkit.system.resources import num_cores
 from segkit.system.workers import end_with_parent
+
+logger = logging.getLogger(__name__)
 
 MOST_WORKERS = 12
 
@@ -126,11 +130,18 @@ class SegmentationData(L.LightningDataModule):
         )
         self.resident = fits([*self.patches.cases, *self.held_out], device, self.stands_for)
         if self.resident:
+            logger.info("all cases lie in the memory of %s, which cuts patches", device)
             patches = ResidentPatches(self.patches, device)
             return ResidentLoader(patches, sampler, self.batch_size)
         workers = workers_for(device) if self.workers == "auto" else self.workers
         if workers == 0 and device.type == "cpu":
             return DrawnAhead(self.patches, sampler, self.batch_size)
+        if device.type == "cuda":
+            logger.info(
+                "cases do not fit into the memory of %s, so %s cut patches from disk",
+                device,
+                counted(workers, "worker"),
+            )
         return DataLoader(
             self.patches,
             batch_size=self.batch_size,

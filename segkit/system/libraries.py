@@ -7,6 +7,7 @@ installs an older cuDNN; 2.10 and later install 9.15 or newer, unless the user r
 """
 
 import logging
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -68,6 +69,13 @@ def slow_convolutions() -> str | None:
         f"slower and in more memory with cuDNN {found} than with 9.15 or newer; install torch 2.10 "
         f"or newer, or: pip install 'nvidia-cudnn-cu{major}>=9.15'"
     )
+
+
+@cache
+def warn_of_slow_convolutions() -> None:
+    """Log the warning of `slow_convolutions`, if there is one; only once in a process."""
+    if (slow := slow_convolutions()) is not None:
+        logger.warning("%s", slow)
 
 
 def _cudnn() -> tuple[int, int, int] | None:

@@ -216,8 +216,6 @@ def trained(
     split, network = parts.split, module.network
     logger.info("%s: %d training cases, %d held out", folder, len(split.train), len(split.held_out))
     logger.info("%s", config.data.mirrored_because(list(parts.dataset.labels)))
-    if config.network.given is None:
-        order_for(network, trainer.strategy.root_device)
     first_stage = tuple(stage.model for stage in parts.first_stage)
     if is_first_process():
         # Written now, so that checkpoints can be used before the end.
@@ -226,6 +224,8 @@ def trained(
     environment = training_environment(trainer.strategy.root_device)
     started = time.perf_counter()
     with guarded(config, trainer.strategy.root_device):
+        if config.network.given is None:
+            order_for(network, trainer.strategy.root_device)
         trainer.fit(
             module, datamodule=make_data(parts, config), ckpt_path=checkpoint, weights_only=True
         )

@@ -1,5 +1,6 @@
 """The Lightning module: a network with its loss, optimiser, schedule and validation."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ from segkit.training.loss_watch import LossWatch
 from segkit.training.optimisers import MakeOptimiser, MakeSchedule
 from segkit.training.time_budget import TimeBudget
 from segkit.training.validation import Validation
+
+logger = logging.getLogger(__name__)
 
 Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
 """A scalar from the logits (batch, class, *space) of each supervised level, finest first, and the
@@ -178,6 +181,8 @@ class SegmentationModule(L.LightningModule):
             clip = self.trainer.gradient_clip_val
             self.graphed = record_step(self.network, self._losses, image, label, clip)
             self.recorded = self.graphed is not None
+            if self.recorded:
+                logger.info("a step is recorded as a CUDA graph, and then replayed")
         if self.graphed is None:
             return ()
         if not self.graphed.fits(image, label):

@@ -8,6 +8,7 @@ from segkit.system.libraries import (
     slow_convolutions,
     torch_libraries,
     training_environment,
+    warn_of_slow_convolutions,
 )
 
 
@@ -70,3 +71,14 @@ def test_a_training_on_a_gpu_warns_of_slow_convolutions_and_its_summary_says_so(
     told = training_environment(torch.device("cuda"))
     assert told["device"] == "cuda" and told["cudnn"] == "9.10.2"
     assert told["warning"] == slow_convolutions() and str(told["warning"]) in caplog.text
+
+
+def test_a_prediction_on_a_gpu_warns_of_slow_convolutions_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend(monkeypatch, "2.9.1+cu128", "12.8", 91002)
+    warn_of_slow_convolutions.cache_clear()
+    for _ in range(2):
+        warn_of_slow_convolutions()
+    assert caplog.text.count(str(slow_convolutions())) == 1
+    warn_of_slow_convolutions.cache_clear()

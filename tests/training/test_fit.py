@@ -325,12 +325,18 @@ def test_the_summary_has_presence_if_the_network_has_a_head(dataset: Path, tmp_p
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_cases_that_lie_on_the_device_give_the_weights_of_cases_on_disk(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", logger="segkit")
     config = small_config(dataset, train={"averaging": 0.9})
     on_disk = train(config, runs=tmp_path / "disk")
+    assert "which cuts patches" not in caplog.text
     monkeypatch.setattr("segkit.data.datamodule.fits", lambda *_: True)
     resident = train(config, runs=tmp_path / "device")
+    assert "all cases lie in the memory of cpu, which cuts patches" in caplog.text
     expected = load_file(on_disk.folder / "model" / "weights.safetensors")
     found = load_file(resident.folder / "model" / "weights.safetensors")
     assert all(torch.equal(found[name], values) for name, values in expected.items())

@@ -18,6 +18,7 @@ from segkit.inference.engines.torch_compile import CompiledEngine
 from segkit.inference.engines.torch_eager import Engine, TorchEngine
 from segkit.model.folder import Model
 from segkit.nn.normalisation import order_for
+from segkit.system.libraries import warn_of_slow_convolutions
 from segkit.system.resources import choose_device
 
 EngineName = Literal["auto", "torch", "compile", "openvino", "onnx"]
@@ -113,6 +114,7 @@ def _in_torch(
 ) -> Engine:
     if device.type != "cuda":
         return kind(model.network, device=device, precision=precision)
+    warn_of_slow_convolutions()
     network = model.network
     if precision != torch.float32:
         # Tensor cores need channels last. Features take the order of a layer's weights.
