@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, Sampler
 
 from segkit.data.patches import Patch, PatchDataset, indexable
 from segkit.data.prepared_cache import StoredCase
+from segkit.geometry.queued_copy import queued_to
 from segkit.system.resources import free_memory_of
 
 SHARE_OF_MEMORY = 0.25
@@ -139,10 +140,7 @@ class ResidentPatches:
                 voxels = np.arange(start[axis], start[axis] + size[axis])
                 along[:] = voxels.clip(0, shape[axis] - 1) * math.prod(shape[axis + 1 :])
             row[: size[0]] += first
-        table = torch.from_numpy(parts)
-        if self.device.type == "cuda":
-            table = table.pin_memory()  # otherwise the CPU would wait for the copy
-        x, y, z = table.to(self.device, non_blocking=True).split(size, dim=1)
+        x, y, z = queued_to(torch.from_numpy(parts), self.device).split(size, dim=1)
         return x[:, :, None, None] + y[:, None, :, None] + z[:, None, None, :]
 
 

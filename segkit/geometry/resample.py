@@ -18,6 +18,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from segkit.geometry.memory_order import slowest_first
+from segkit.geometry.queued_copy import queued_to
 
 Order = Literal[0, 1, 3]
 
@@ -72,7 +73,7 @@ def _sampled(values: Tensor, positions: ndarray, axis: int, order: Order) -> Ten
     indices = clamped.astype(int)
     if len(indices) > 0 and (np.diff(indices) == 1).all():
         return values.narrow(axis, int(indices[0]), len(indices))
-    return values.index_select(axis, _queued(torch.from_numpy(indices), values.device))
+    return values.index_select(axis, queued_to(torch.from_numpy(indices), values.device))
 
 
 def resample(
@@ -191,7 +192,7 @@ def _weighted_sums(
     size, shape = values.shape[axis], values.shape
     # At least single precision: in half precision, weights of opposite signs would cancel badly.
     kind = torch.promote_types(values.dtype, torch.float32)
-    matrix = _queued(torch.from_numpy(weights).to(kind), values.device)
+    matrix = queued_to(torch.from_numpy(weights).to(kind), values.device)
     rows = values.to(kind).reshape(math.prod(shape[:axis]), size, math.prod(shape[axis + 1 :]))
     sampled = rows.new_empty(rows.shape[0], len(positions), rows.shape[2])
     with torch.autocast(values.device.type, enabled=False):
@@ -207,13 +208,6 @@ def _weighted_sums(
             else:
                 sampled[:, block] = part.expand(len(rows), -1, -1).bmm(rows[:, band])
     return sampled.view(*shape[:axis], -1, *shape[axis + 1 :]).to(values.dtype)
-
-
-def _queued(values: Tensor, device: torch.device) -> Tensor:
-    """Values of the host on a device. A GPU takes them from pinned memory, so nothing waits."""
-    if device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
 
 
 def _spline_of_one(distance: ndarray) -> ndarray:

@@ -1,6 +1,5 @@
 """Result arrays on the volume's own grid, filled row by row."""
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,22 +82,19 @@ class LateLabels:
 
     def __init__(self, target: Integer[ndarray, "x y z"]) -> None:
         self.target = target
-        self.pending: deque[tuple[slice, HostCopy]] = deque()
+        self.order = slowest_first(target.strides)
+        self.pending: tuple[slice, HostCopy] | None = None
 
     def put(self, rows: slice, labels: Integer[Tensor, "x y rows"]) -> None:
         """Start to copy the labels of some rows, and write those of the call before."""
-        order = slowest_first(self.target.strides)
         small = torch.uint8 if self.target.dtype.itemsize == 1 else torch.int32
-        self.pending.append((rows, HostCopy(labels.to(small).permute(order).contiguous())))
-        if len(self.pending) > 1:
-            self._write()
+        copy = HostCopy(labels.to(small).permute(self.order).contiguous())
+        self.finish()
+        self.pending = rows, copy
 
     def finish(self) -> None:
         """Write the labels that are left."""
-        while self.pending:
-            self._write()
-
-    def _write(self) -> None:
-        rows, labels = self.pending.popleft()
-        order = slowest_first(self.target.strides)
-        self.target[:, :, rows].transpose(order)[...] = labels.values().numpy()
+        if self.pending is not None:
+            rows, labels = self.pending
+            self.target[:, :, rows].transpose(self.order)[...] = labels.values().numpy()
+            self.pending = None

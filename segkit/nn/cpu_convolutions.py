@@ -69,19 +69,19 @@ class RightConvolutions(TorchFunctionMode):
         given = SIGNATURE.bind(*args, **kwargs)
         given.apply_defaults()
         image, weight, bias, stride, padding, dilation, groups = given.arguments.values()
+        if image.device.type != "cpu":
+            return func(*args, **kwargs)
         sizes, kernel = image.shape[-axes:], weight.shape[-axes:]
         spread = [step * (n - 1) for step, n in zip(_each(dilation, axes), kernel, strict=True)]
         before, after = _padding(padding, spread)
-        if image.device.type != "cpu":
-            return func(*args, **kwargs)
         if groups > 1 and max(_each(dilation, axes)) > 1 and _in_bfloat16(image):
             single = [None if each is None else each.float() for each in (image, weight, bias)]
             with torch.autocast("cpu", enabled=False):
                 return func(*single, stride, padding, dilation, groups).bfloat16()
         if _inside(sizes, spread, _each(stride, axes), before):
             return func(*args, **kwargs)
-        amounts = [pair for pairs in zip(before, after, strict=True) for pair in reversed(pairs)]
-        padded = F.pad(image, amounts[::-1])
+        pairs = list(zip(before, after, strict=True))
+        padded = F.pad(image, [amount for pair in reversed(pairs) for amount in pair])
         return func(padded, weight, bias, stride, 0, dilation, groups)
 
 

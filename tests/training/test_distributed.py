@@ -15,6 +15,19 @@ from segkit.config.load import dump_yaml
 from tests.small import small_config, small_dataset
 
 
+def run_python(folder: Path, *words: str) -> None:
+    """Run Python in a folder, with one thread in each process; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def run_in_processes(folder: Path, count: int, batch_size: int) -> Path:
     """Train on that many processes through the command line; the run's folder."""
     config = small_config(
@@ -25,16 +38,7 @@ def run_in_processes(folder: Path, count: int, batch_size: int) -> Path:
     )
     path = folder / f"{count}.yaml"
     path.write_text(dump_yaml(config.model_copy(update={"name": f"by_{count}"})))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "segkit", "train", str(path)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python(folder, "-m", "segkit", "train", str(path))
     return folder / "runs" / f"by_{count}"
 
 
@@ -66,15 +70,7 @@ def test_each_process_gets_the_run_and_only_the_first_its_summary(tmp_path: Path
     (tmp_path / "script.py").write_text(SCRIPT)
     # Another run of that name: the other process has to be told which folder is the run's.
     (tmp_path / "runs" / "small").mkdir(parents=True)
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python(tmp_path, "script.py")
     first, other = (
         json.loads((tmp_path / f"process_{number}.json").read_text()) for number in range(2)
     )
@@ -141,15 +137,7 @@ def test_processes_that_train_for_some_minutes_have_the_same_learning_rate(tmp_p
     )
     (tmp_path / "timed.yaml").write_text(dump_yaml(config))
     (tmp_path / "script.py").write_text(TIMED)
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python(tmp_path, "script.py")
     (rates, shares), other = (
         json.loads((tmp_path / f"process_{number}.json").read_text()) for number in range(2)
     )

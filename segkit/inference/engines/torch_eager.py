@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from segkit.geometry.queued_copy import queued_to
 from segkit.nn.map_tap import recording
 from segkit.nn.network import SegmentationNetwork
 from segkit.nn.slicewise import SlicewiseNetwork
@@ -90,9 +91,7 @@ class TorchEngine:
         self, windows: Float[Tensor, "batch channel x y z"], keys: Collection[str]
     ) -> dict[str, Tensor]:
         """Logits of the windows and the maps of these keys, in float32 on the engine's device."""
-        if self.device.type == "cuda" and windows.device.type == "cpu":
-            windows = windows.pin_memory()  # so that the copy is asynchronous
-        windows = windows.to(self.device, non_blocking=True)
+        windows = queued_to(windows, self.device)
         half = self.precision != torch.float32
         with torch.autocast(self.device.type, dtype=self.precision, enabled=half):
             outputs = self.compute(windows, keys)
